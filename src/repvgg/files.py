@@ -1,0 +1,50 @@
+"""Files are written aside and renamed, so that no reader ever sees half of one."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from repvgg.errors import InputError
+
+
+def existing_file(path: str | os.PathLike[str]) -> Path:
+    """The path, known to be a file.
+
+    Raises:
+        InputError: nothing is there, or a folder is.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise InputError(f"{path}: a file is needed, found {found}")
+    return path
+
+
+@contextlib.contextmanager
+def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success flush it to disk and rename it to `path`.
+
+    The temporary name ends in the suffix of `path`, since many writers look at it. On any
+    exception the temporary file is removed and `path` is as it was.
+
+    Raises:
+        InputError: the folder of `path` cannot be made or written, or `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: a file name is needed, found a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot make this folder: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path.parent}: cannot write in this folder")
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,325 @@
+"""Networks from specs (paper, Sect. 3.4): stages of blocks, then pooling and a linear head.
+
+One builder makes them all. `repvgg_block` gives the training-time network, `plain_block` the
+network that it is equal to. They speak timm's interface.
+
+Axes: N images, C channels, H and W.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor, nn
+
+from repvgg.branches import repvgg_block
+from repvgg.errors import InputError
+from repvgg.plain import plain_block
+from repvgg.preprocessing import Preprocessing
+from repvgg.spec import DEFAULT_IMAGE_SIZE, IMAGE_SIZES, VARIANTS, Layer, Spec, parse_spec
+
+BlockFactory = Callable[[Layer], nn.Module]
+
+BLOCKS: dict[str, BlockFactory] = {"repvgg": repvgg_block, "plain": plain_block}
+
+HUB_FILE = "model.safetensors"
+
+# The variants whose ImageNet weights timm publishes, and where.
+PRETRAINED_HUB_IDS = {
+    name: f"timm/{name}.rvgg_in1k"
+    for name in VARIANTS
+    if name not in ("repvgg_b1g2", "repvgg_b2g2", "repvgg_b3g2")
+}
+
+
+class FeatureInfo(list[dict[str, Any]]):
+    """A dict for each stage, with timm's keys `num_chs`, `reduction` and `module`."""
+
+    def channels(self) -> list[int]:
+        """Channels of each feature map."""
+        return [info["num_chs"] for info in self]
+
+    def reduction(self) -> list[int]:
+        """Stride of each feature map relative to the image."""
+        return [info["reduction"] for info in self]
+
+
+class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-classification"]):
+    """A classification network: stages of blocks, global average pooling, a linear layer.
+
+    Args:
+        spec: the architecture.
+        num_classes: outputs of the linear layer; 0 for no linear layer.
+        in_chans: channels of the images.
+        drop_rate: dropout before the linear layer, as a probability.
+        global_pool: "avg", or "" for none, so that the head sees (N, C, H, W).
+        block: a name in `BLOCKS`; "repvgg" trains, "plain" is what it becomes.
+        preprocessing: what the images went through; ImageNet's at 224 if none is given.
+        class_names: one for each class, if known.
+
+    Raises:
+        InputError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+        block: str = "repvgg",
+        preprocessing: Preprocessing | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        if block not in BLOCKS:
+            raise InputError(f"block={block!r}: one of {list(BLOCKS)} needed")
+        if preprocessing is None:
+            preprocessing = Preprocessing.for_channels(in_chans, DEFAULT_IMAGE_SIZE)
+        if preprocessing.channels != in_chans:
+            raise InputError(
+                f"preprocessing is for {preprocessing.channels} channels, in_chans={in_chans}"
+            )
+        self.spec = spec
+        self.block = block
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.preprocessing = preprocessing
+        self.class_names: tuple[str, ...] | None = None
+        self.stages = nn.Sequential(
+            *(nn.Sequential(*map(BLOCKS[block], stage)) for stage in spec.layers(in_chans))
+        )
+        self.num_features = spec.layer_widths()[-1][-1]
+        self.dropout = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        if class_names is not None:
+            self.set_class_names(class_names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) → logits (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) → the last feature map (N, num_features, H/s, W/s)."""
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last feature map → logits (N, num_classes), or what the linear layer would see."""
+        x = self.dropout(self.pool(x))
+        return x if pre_logits else self.classifier(x)
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer, or an identity if there are no classes."""
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new, untrained linear layer in place; class names are forgotten.
+
+        Raises:
+            InputError: a negative number of classes, or another pooling than "avg" and "".
+        """
+        if not isinstance(num_classes, int) or not 0 <= num_classes <= 10_000_000:
+            raise InputError(f"num_classes={num_classes!r}: a whole number, 0 or more, needed")
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise InputError(f"global_pool={global_pool!r}: 'avg' or '' needed")
+            self.global_pool = global_pool
+            self.pool = (
+                nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+                if global_pool
+                else nn.Identity()
+            )
+        if num_classes and not self.global_pool:
+            raise InputError(f"num_classes={num_classes} needs global_pool='avg', found ''")
+        self.num_classes = num_classes
+        self.class_names = None
+        like = next(self.stages.parameters())
+        self.classifier = (
+            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+
+    def set_class_names(self, names: Sequence[str]) -> None:
+        """Name the classes, in the order of the logits.
+
+        Raises:
+            InputError: not one name for each class.
+        """
+        if len(names) != self.num_classes:
+            raise InputError(
+                f"class_names: {self.num_classes} needed, one for each class; found {len(names)}"
+            )
+        self.class_names = tuple(map(str, names))
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Channels and stride of the output of each stage."""
+        infos, reduction = FeatureInfo(), 1
+        widths = self.spec.layer_widths()
+        for index, stride in enumerate(self.spec.strides):
+            reduction *= stride
+            infos.append(
+                {
+                    "num_chs": widths[index][-1],
+                    "reduction": reduction,
+                    "module": f"stages.{index}",
+                    "index": index,
+                }
+            )
+        return infos
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's description of input and head, so that timm's own tools work on this."""
+        pre = self.preprocessing
+        stem = "stages.0.0.branches." if self.block != "plain" else "stages.0.0."
+        convs = ("conv3x3.conv", "conv1x1.conv") if self.block != "plain" else ("conv",)
+        return {
+            "input_size": (self.in_chans, pre.size, pre.size),
+            "num_classes": self.num_classes,
+            "crop_pct": pre.crop_pct,
+            "interpolation": pre.interpolation,
+            "mean": pre.mean,
+            "std": pre.std,
+            "first_conv": tuple(stem + conv for conv in convs),
+            "classifier": "classifier",
+        }
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from repvgg.checkpoint import save
+
+        save(self, save_directory / HUB_FILE)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **unused: Any,
+    ) -> "RepVGG":
+        """What `from_pretrained` of the hub's mixin calls: a local folder or a hub repository."""
+        from repvgg.checkpoint import load
+
+        if os.path.isdir(model_id):
+            return load(Path(model_id) / HUB_FILE)
+        return load(
+            hf_hub_download(
+                model_id,
+                HUB_FILE,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        )
+
+
+class FeatureExtractor(nn.Module):
+    """The stages of a network alone; gives the feature maps that detectors and decoders take.
+
+    Args:
+        network: whose stages to take; they are shared, not copied.
+        out_indices: stages whose output is wanted, counted from 0; all if not given.
+
+    Raises:
+        InputError: a stage that does not exist.
+    """
+
+    def __init__(self, network: RepVGG, out_indices: Sequence[int] | None = None):
+        super().__init__()
+        count = len(network.stages)
+        wanted = list(range(count)) if out_indices is None else list(out_indices)
+        if not wanted or any(not -count <= index < count for index in wanted):
+            raise InputError(f"out_indices={out_indices}: stages 0 to {count - 1} exist")
+        self.out_indices = tuple(sorted({index % count for index in wanted}))
+        self.stages = network.stages[: self.out_indices[-1] + 1]
+        self.feature_info = FeatureInfo(network.feature_info[i] for i in self.out_indices)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images (N, C, H, W) → a feature map for each wanted stage, the largest first."""
+        features = []
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            if index in self.out_indices:
+                features.append(x)
+        return features
+
+
+@overload
+def create_model(
+    model: str | Spec, *, features_only: Literal[False] = False, **options: Any
+) -> RepVGG: ...
+@overload
+def create_model(
+    model: str | Spec, *, features_only: Literal[True], **options: Any
+) -> FeatureExtractor: ...
+def create_model(
+    model: str | Spec,
+    *,
+    pretrained: bool = False,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    **options: Any,
+) -> RepVGG | FeatureExtractor:
+    """A network by name or spec; its block is the training-time one unless `block` says otherwise.
+
+    Args:
+        model: a name of `list_models()`, a name with changed fields (see `spec.parse_spec`), or a
+            spec.
+        pretrained: fetch timm's published ImageNet weights, or take them from the hub's cache.
+            With another number of classes the linear layer stays untrained.
+        num_classes: see `RepVGG`.
+        in_chans: see `RepVGG`.
+        features_only: give the feature maps of the stages `out_indices` in place of logits.
+        out_indices: see `FeatureExtractor`.
+        options: further keyword arguments of `RepVGG`.
+
+    Raises:
+        InputError: an unknown name or argument; no published weights for this network.
+    """
+    known = {"drop_rate", "global_pool", "block", "preprocessing", "class_names"}
+    if unknown := sorted(set(options) - known):
+        raise InputError(f"create_model: unknown arguments {unknown}; {sorted(known)} exist")
+    if out_indices is not None and not features_only:
+        raise InputError("out_indices is only for features_only=True")
+    spec = parse_spec(model) if isinstance(model, str) else model
+    if isinstance(model, str) and options.get("preprocessing") is None:
+        size = IMAGE_SIZES.get(model.partition(":")[0], DEFAULT_IMAGE_SIZE)
+        options["preprocessing"] = Preprocessing.for_channels(in_chans, size)
+    network = RepVGG(spec, num_classes, in_chans, **options)
+    if pretrained:
+        _load_pretrained(network, model)
+    return FeatureExtractor(network, out_indices) if features_only else network
+
+
+def _load_pretrained(network: RepVGG, model: str | Spec) -> None:
+    from repvgg.checkpoint import load_weights
+
+    if not isinstance(model, str) or model not in PRETRAINED_HUB_IDS:
+        raise InputError(
+            f"pretrained: no published weights for {model!r}; "
+            f"there are for {', '.join(PRETRAINED_HUB_IDS)}"
+        )
+    hub_id = PRETRAINED_HUB_IDS[model]
+    try:
+        path = hf_hub_download(hub_id, HUB_FILE)
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"pretrained: {hub_id} is neither in the hub's cache nor can it be fetched "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    load_weights(network, path)

@@ -1,0 +1,94 @@
+"""What is done to an image before a network sees it: a fact about the network, saved with it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from repvgg.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize the shorter side to ⌊size / crop_pct⌋, crop the centre, scale to [0, 1], normalize.
+
+    Attributes:
+        size: side in pixels of the square that the network sees.
+        crop_pct: share of the resized shorter side that the crop keeps.
+        interpolation: how the image is resized.
+        mean, std: for each channel, on the scale 0 to 1; one channel means greyscale.
+
+    Raises:
+        InputError: naming the field.
+    """
+
+    size: int = 224
+    crop_pct: float = 0.875
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int) or not 1 <= self.size <= 16384:
+            raise InputError(f"preprocessing: size from 1 to 16384 needed, found {self.size!r}")
+        if not _is_number(self.crop_pct) or not 0.1 <= self.crop_pct <= 1:
+            raise InputError(f"preprocessing: crop_pct in [0.1, 1] needed, found {self.crop_pct!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise InputError(
+                f"preprocessing: interpolation one of {INTERPOLATIONS} needed, "
+                f"found {self.interpolation!r}"
+            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if not isinstance(values, tuple) or not all(map(_is_number, values)):
+                raise InputError(f"preprocessing: {name} must be numbers, found {values!r}")
+        if not len(self.mean) == len(self.std) or not self.mean or min(self.std) <= 0:
+            raise InputError(
+                "preprocessing: mean and std need one value a channel, std above 0; "
+                f"found mean={self.mean}, std={self.std}"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels of the image."""
+        return len(self.mean)
+
+    @property
+    def resize_size(self) -> int:
+        """The shorter side in pixels before the crop."""
+        return int(self.size / self.crop_pct)
+
+    @classmethod
+    def for_channels(cls, channels: int, size: int) -> "Preprocessing":
+        """ImageNet's statistics for colour, their mean for any other number of channels."""
+        if channels == len(IMAGENET_MEAN):
+            return cls(size=size)
+        return cls(
+            size=size,
+            mean=(sum(IMAGENET_MEAN) / 3,) * channels,
+            std=(sum(IMAGENET_STD) / 3,) * channels,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+        """What `to_dict` described, from data that is not trusted.
+
+        Raises:
+            InputError: a field that is unknown or holds something else than it should.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, Mapping) or not set(fields) <= known:
+            raise InputError(f"preprocessing: fields {sorted(known)} needed")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
