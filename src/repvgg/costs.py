@@ -72,9 +72,10 @@ def cost(model: nn.Module, image_size: int | tuple[int, int] = 224, in_chans: in
         model.eval()
         with torch.no_grad(), counter:
             torch.func.functional_call(model, on_meta, (image.to(reference.dtype),))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"the model cannot take an image of {image.shape[1]}×{height}×{width}: {error}"
+            f"the model cannot take an image of {image.shape[1]}×{height}×{width}: {reason}"
         ) from error
     finally:
         for module, mode in modes.items():

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from repvgg.errors import InputError
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 def existing_file(path: str | os.PathLike[str]) -> Path:
     """The path, known to be a file.
@@ -15,8 +18,8 @@ def existing_file(path: str | os.PathLike[str]) -> Path:
         InputError: nothing is there, or a folder is.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
+    if not os.path.isfile(path):  # unlike `Path.is_file`, false for a name that is too long
+        found = "a folder" if os.path.isdir(path) else "nothing"
         raise InputError(f"{path}: a file is needed, found {found}")
     return path
 
@@ -43,6 +46,7 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield aside
+        os.chmod(aside, 0o666 & ~UMASK)  # some writers make their files private
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -68,7 +68,7 @@ def fold_conv_and_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor
     """`fold_batch_norm` of two modules, in fp64: kernel (O, I, H, W) and bias (O,).
 
     Raises:
-        InputError: the batch norm keeps no running statistics, so that it is not linear.
+        InputError: `norm` keeps no running statistics, so that it is not linear.
     """
     return fold_batch_norm(to_fp64(conv.weight), to_fp64(conv.bias), **norm_constants(norm))
 
@@ -77,7 +77,7 @@ def fold_norm(norm: nn.Module, groups: int = 1) -> tuple[Tensor, Tensor]:
     """A batch norm alone as a 1×1 convolution, in fp64: kernel (O, I, 1, 1) and bias (O,).
 
     Raises:
-        InputError: the batch norm keeps no running statistics, so that it is not linear.
+        InputError: `norm` keeps no running statistics, so that it is not linear.
     """
     constants = norm_constants(norm)
     mean = constants["mean"]
@@ -89,13 +89,13 @@ def norm_constants(norm: nn.Module) -> dict:
     """What `fold_batch_norm` needs of a batch norm, in fp64.
 
     Raises:
-        InputError: the batch norm keeps no running statistics, so that it is not linear.
+        InputError: `norm` keeps no running statistics, so that it is not linear.
     """
-    mean, var = norm.running_mean, norm.running_var
+    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         raise InputError(
-            "a batch norm with track_running_stats=False uses the statistics of each batch at "
-            "inference too, so it is not linear and cannot be folded"
+            f"{type(norm).__name__} has no running mean and variance (with "
+            "track_running_stats=False it uses the statistics of each batch at inference too)"
         )
     return {
         "mean": to_fp64(mean),

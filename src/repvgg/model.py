@@ -6,8 +6,9 @@ network that it is equal to. They speak timm's interface.
 Axes: N images, C channels, H and W.
 """
 
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -79,6 +80,8 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
         super().__init__()
         if block not in BLOCKS:
             raise InputError(f"block={block!r}: one of {list(BLOCKS)} needed")
+        if not isinstance(drop_rate, int | float) or not 0 <= drop_rate <= 1:
+            raise InputError(f"drop_rate={drop_rate!r}: a number from 0 to 1 needed")
         if preprocessing is None:
             preprocessing = Preprocessing.for_channels(in_chans, DEFAULT_IMAGE_SIZE)
         if preprocessing.channels != in_chans:
@@ -123,19 +126,19 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
         Raises:
             InputError: a negative number of classes, or another pooling than "avg" and "".
         """
-        if not isinstance(num_classes, int) or not 0 <= num_classes <= 10_000_000:
+        if type(num_classes) is not int or not 0 <= num_classes <= 10_000_000:
             raise InputError(f"num_classes={num_classes!r}: a whole number, 0 or more, needed")
+        if global_pool not in (None, "avg", ""):
+            raise InputError(f"global_pool={global_pool!r}: 'avg' or '' needed")
+        if num_classes and not (self.global_pool if global_pool is None else global_pool):
+            raise InputError(f"num_classes={num_classes} needs global_pool='avg', found ''")
         if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise InputError(f"global_pool={global_pool!r}: 'avg' or '' needed")
             self.global_pool = global_pool
             self.pool = (
                 nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
                 if global_pool
                 else nn.Identity()
             )
-        if num_classes and not self.global_pool:
-            raise InputError(f"num_classes={num_classes} needs global_pool='avg', found ''")
         self.num_classes = num_classes
         self.class_names = None
         like = next(self.stages.parameters())
@@ -151,11 +154,41 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
         Raises:
             InputError: not one name for each class.
         """
-        if len(names) != self.num_classes:
+        if not isinstance(names, list | tuple) or len(names) != self.num_classes:
+            found = len(names) if isinstance(names, list | tuple) else repr(names)[:40]
             raise InputError(
-                f"class_names: {self.num_classes} needed, one for each class; found {len(names)}"
+                f"class_names: a list of {self.num_classes} needed, one for each class; "
+                f"found {found}"
             )
         self.class_names = tuple(map(str, names))
+
+    def config(self) -> dict[str, Any]:
+        """All that `from_config` needs to build this network again, ready for JSON."""
+        return {
+            "spec": self.spec.to_dict(),
+            "num_classes": self.num_classes,
+            "in_chans": self.in_chans,
+            "drop_rate": self.drop_rate,
+            "global_pool": self.global_pool,
+            "block": self.block,
+            "preprocessing": self.preprocessing.to_dict(),
+            "class_names": self.class_names,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "RepVGG":
+        """The network that `config` described, untrained, from data that is not trusted.
+
+        Raises:
+            InputError: a field that is missing, unknown or holds something else than it should.
+        """
+        fields = {**config}
+        needed = inspect.signature(cls).parameters.keys()
+        if fields.keys() != needed:
+            raise InputError(f"model: fields {sorted(needed)} needed, found {sorted(fields)}")
+        fields["spec"] = Spec.from_dict(fields["spec"])
+        fields["preprocessing"] = Preprocessing.from_dict(fields["preprocessing"])
+        return cls(**fields)
 
     @property
     def feature_info(self) -> FeatureInfo:
@@ -323,3 +356,12 @@ def _load_pretrained(network: RepVGG, model: str | Spec) -> None:
             f"({str(error).splitlines()[0]})"
         ) from error
     load_weights(network, path)
+    if network.num_classes == len(imagenet := imagenet_class_names()):
+        network.set_class_names(imagenet)
+
+
+def imagenet_class_names() -> list[str]:
+    """The 1,000 classes of ImageNet-1k, in the order of the published weights' logits."""
+    from torchvision.models import ResNet18_Weights
+
+    return ResNet18_Weights.IMAGENET1K_V1.meta["categories"]

@@ -9,6 +9,7 @@ from repvgg.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_CHANNELS = 65536  # more than any image has; it bounds what a hostile file can ask for
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
@@ -33,7 +34,7 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or not 1 <= self.size <= 16384:
+        if type(self.size) is not int or not 1 <= self.size <= 16384:
             raise InputError(f"preprocessing: size from 1 to 16384 needed, found {self.size!r}")
         if not _is_number(self.crop_pct) or not 0.1 <= self.crop_pct <= 1:
             raise InputError(f"preprocessing: crop_pct in [0.1, 1] needed, found {self.crop_pct!r}")
@@ -63,11 +64,23 @@ class Preprocessing:
 
     @classmethod
     def for_channels(cls, channels: int, size: int) -> "Preprocessing":
-        """ImageNet's statistics for colour, their mean for any other number of channels."""
+        """ImageNet's statistics for colour, their mean for any other number of channels.
+
+        Images below 64 pixels are taken whole: a crop of them would lose too much.
+
+        Raises:
+            InputError: not a usable number of channels.
+        """
+        if not isinstance(channels, int) or not 1 <= channels <= MAX_CHANNELS:
+            raise InputError(
+                f"in_chans={channels!r}: a whole number from 1 to {MAX_CHANNELS} needed"
+            )
+        crop_pct = 0.875 if size >= 64 else 1.0
         if channels == len(IMAGENET_MEAN):
-            return cls(size=size)
+            return cls(size=size, crop_pct=crop_pct)
         return cls(
             size=size,
+            crop_pct=crop_pct,
             mean=(sum(IMAGENET_MEAN) / 3,) * channels,
             std=(sum(IMAGENET_STD) / 3,) * channels,
         )
@@ -91,4 +104,4 @@ class Preprocessing:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float) and abs(value) <= 1e6  # and so not NaN

@@ -75,8 +75,7 @@ def convert(model: nn.Module, *, fold_pairs: bool = True) -> Conversion:
     Raises:
         InputError: a block that is not linear at inference.
     """
-    while (inner := _wrapped_module(model)) is not None:
-        model = inner
+    model = unwrapped(model)
     # `deepcopy` takes what its memo holds in place of a copy, so a shared block stays shared, and
     # the weights of the blocks are never copied.
     memo: dict[int, Any] = {}
@@ -100,6 +99,13 @@ def convert(model: nn.Module, *, fold_pairs: bool = True) -> Conversion:
     )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside all of torch's wrappers around it."""
+    while (inner := _wrapped_module(model)) is not None:
+        model = inner
+    return model
+
+
 def _wrapped_module(module: nn.Module) -> nn.Module | None:
     """The model inside a wrapper of torch's, or None if this is no wrapper."""
     if isinstance(module, DistributedDataParallel | DataParallel):
@@ -112,17 +118,27 @@ def _plain_of(block: MultiBranchBlock, name: str, memo: dict[int, Any]) -> nn.Se
     try:
         kernel, bias = block.equivalent()
     except InputError as error:
-        raise InputError(f"block {name or '(the model itself)'} cannot be folded: {error}") from None
+        raise InputError(
+            f"block {name or '(the model itself)'} cannot be folded: {error}"
+        ) from None
     with torch.device("meta"):  # no memory, and no draw from the random generator
         conv = plain_conv(block.layer)
     _set_weights(conv, kernel, bias, like=next(block.parameters()))
     activation = copy.deepcopy(block.activation, memo)
     key = "relu" if isinstance(activation, nn.ReLU) else "activation"
     plain = nn.Sequential(OrderedDict({"conv": conv, key: activation}))
-    # What a hook on the block sees, its input and output, is the same here.
-    plain._forward_hooks = copy.deepcopy(block._forward_hooks, memo)
-    plain._forward_pre_hooks = copy.deepcopy(block._forward_pre_hooks, memo)
+    for hooks in HOOKS:  # what they see of the block, its input and output, is the same here
+        setattr(plain, hooks, copy.deepcopy(getattr(block, hooks), memo))
     return plain
+
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 def _set_weights(conv: nn.Module, kernel: Tensor, bias: Tensor, *, like: Tensor) -> None:
@@ -136,12 +152,15 @@ def _set_weights(conv: nn.Module, kernel: Tensor, bias: Tensor, *, like: Tensor)
 
 
 class _PairTracer(fx.Tracer):
-    """Records the calls of modules, and does not look into convolutions and batch norms."""
+    """Records the calls of modules.
+
+    It does not look into convolutions, batch norms, and modules with hooks: those hooks may change
+    what goes in or out, and must not see the tracer's proxies.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_conv(m) or isinstance(m, _BatchNorm) or super().is_leaf_module(
-            m, module_qualified_name
-        )  # fmt: skip
+        is_leaf = isinstance(m, CONVS) or _is_norm(m) or _is_observed(m)
+        return is_leaf or super().is_leaf_module(m, module_qualified_name)
 
 
 def _fold_pairs(model: nn.Module) -> list[tuple[str, str]]:
@@ -173,7 +192,8 @@ def _fold_pairs(model: nn.Module) -> list[tuple[str, str]]:
 def _adjacent_pairs(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
     """Names of (convolution, batch norm) in a row, by the data flow that torch.fx finds.
 
-    A module whose code cannot be traced is left, and each of its children is tried.
+    A module whose code cannot be traced is left, and each of its children is tried; so is each
+    module that the tracer does not look into.
     """
     if next(module.children(), None) is None:
         return []
@@ -186,11 +206,14 @@ def _adjacent_pairs(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
             for pair in _adjacent_pairs(child, f"{prefix}{name}.")
         ]
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    pairs = []
+    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    pairs = [
+        pair
+        for name in calls
+        for pair in _adjacent_pairs(module.get_submodule(name), f"{prefix}{name}.")
+    ]
     for norm_node in graph.nodes:
-        if norm_node.op != "call_module" or not isinstance(
-            module.get_submodule(norm_node.target), _BatchNorm
-        ):
+        if norm_node.op != "call_module" or not _is_norm(module.get_submodule(norm_node.target)):
             continue
         conv_node = norm_node.args[0] if norm_node.args else None
         if (
@@ -199,13 +222,29 @@ def _adjacent_pairs(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
             and _is_conv(module.get_submodule(conv_node.target))
             and len(conv_node.users) == 1
             and calls[conv_node.target] == calls[norm_node.target] == 1
+            and conv_node.target not in read  # its weight is not used elsewhere
         ):
             pairs.append((prefix + conv_node.target, prefix + norm_node.target))
     return pairs
 
 
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    """Whether this is linear in its weight; many a subclass, as timm's StdConv2d, is not."""
+    forwards = [conv.forward for conv in CONVS]
+    return isinstance(module, CONVS) and (
+        type(module).forward in forwards or type(module).__name__ == "Conv2dSame"  # timm's
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether this is a batch norm, foldable or not."""
+    return isinstance(module, _BatchNorm) or type(module).__name__ in (
+        "FrozenBatchNorm2d",  # torchvision's
+        "FrozenBatchNormAct2d",  # timm's
+    )
 
 
 def _is_observed(module: nn.Module) -> bool:
@@ -219,10 +258,12 @@ def _after_folding(norm: nn.Module) -> nn.Module | None:
     """What stays of a batch norm, or None if it cannot be folded."""
     if norm.running_mean is None:
         return None
-    if type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        return nn.Identity()
-    if type(norm).__name__ in ("BatchNormAct2d", "SyncBatchNormAct"):  # timm's: norm, drop, act
-        return nn.Sequential(norm.drop, norm.act)
+    kind = type(norm).__name__
+    if kind in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"):
+        return nn.Sequential(norm.drop, norm.act).eval()  # timm's: norm, drop, act
+    forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    if kind == "FrozenBatchNorm2d" or type(norm).forward in forwards:
+        return nn.Identity().eval()
     return None
 
 
@@ -232,7 +273,7 @@ def _remaining(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         foreign = any(callable(getattr(module, method, None)) for method in FOREIGN_METHODS)
         is_folded = any(getattr(module, conv, None) is not None for conv in FOREIGN_FOLDED_CONVS)
-        if isinstance(module, _BatchNorm) or (foreign and not is_folded):
+        if _is_norm(module) or (foreign and not is_folded):
             remaining[name or "(the model itself)"] = type(module).__name__
     return remaining
 

@@ -82,6 +82,11 @@ class Spec:
     widths: tuple[int | tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        for field in ("depths", "strides", "widths"):
+            value = _as_tuple(getattr(self, field))
+            if not isinstance(value, tuple) and (field, value) != ("widths", None):
+                raise InputError(f"{field}: a tuple needed, found {_short(value)}")
+            object.__setattr__(self, field, value)
         for depth in self.depths:
             _check_int("depths", depth, 1, MAX_LAYERS)
         if not 1 <= sum(self.depths) <= MAX_LAYERS:
@@ -168,7 +173,7 @@ class Spec:
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, Mapping) or not set(fields) <= known:
             raise InputError(f"spec: fields {sorted(known)} needed, found {_short(fields)}")
-        return cls(**{name: _as_tuple(value) for name, value in fields.items()})
+        return cls(**fields)
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

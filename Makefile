@@ -1,0 +1,33 @@
+# Every target does its own set-up, in .venv; PYTHON is the Python to make it with.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: quickstart test test-fast check format clean
+
+quickstart: $(READY)
+	$(BIN)/repvgg quickstart
+
+test: $(READY)
+	$(BIN)/pytest -q --durations=10
+
+test-fast: $(READY)
+	$(BIN)/pytest -q -m "not slow"
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv quickstart
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer needed, found ' + sys.version.split()[0])"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)

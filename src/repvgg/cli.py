@@ -1,0 +1,339 @@
+"""The command line: `repvgg VERB …`.
+
+A command is a dataclass, whose fields are its flags, and a `run` that imports what it needs only
+then, so that `--help` answers at once. Wrong input ends in one line and exit code 2.
+"""
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+
+from repvgg.console import say, show_table, warn, with_bar
+from repvgg.errors import InputError
+from repvgg.training.config import RECIPES, Device, TrainConfig
+
+if TYPE_CHECKING:
+    from repvgg.model import RepVGG
+
+ModelFile = Annotated[Positional[Path], arg(metavar="MODEL")]
+OutputFile = Annotated[Positional[Path], arg(metavar="OUTPUT")]
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Train a small RepVGG on digits, convert it, prove the equivalence, time it, export it.
+
+    Takes under a minute or two and needs no files.
+    """
+
+    output: Path = Path("quickstart")
+    """Folder for all that is written."""
+
+    def run(self) -> None:
+        from repvgg.quickstart import quickstart
+
+        quickstart(self.output)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network on a folder of images, or go on where the same command stopped."""
+
+    output: Path
+    """Folder of the run: models, history, and the states to go on from."""
+    recipe: Literal[tuple(RECIPES)] = "imagenet-120"  # pyright: ignore[reportInvalidTypeForm]
+    """Named config that the flags below change; `--recipe NAME --help` shows its values."""
+    restart: bool = False
+    """Throw away what an earlier run left in the folder, and begin anew."""
+    config: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        from repvgg.training.loop import train
+
+        folder = train(self.config, self.output, restart=self.restart)
+        say(f"models: {folder.best} (best test accuracy), {folder.last}; history: {folder.path}")
+        say(f"next: repvgg convert {folder.best} {folder.path / 'plain.safetensors'}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Accuracy and loss of a network on labelled images."""
+
+    model: ModelFile
+    """File of a network, as `train` and `convert` write it."""
+    data: str
+    """Folder of class folders, or one that holds val/ or test/; `cifar10:DIR`; `digits`."""
+    name: str | None = None
+    """Name of the network, for a weight file that does not say it (timm's, the authors')."""
+    batch_size: int = 256
+    """Images at a time."""
+    workers: int | None = None
+    """Processes that decode images; chosen by the machine if not given."""
+    device: Device = "auto"
+    """Where to compute."""
+
+    def run(self) -> None:
+        from repvgg.data.images import open_images
+        from repvgg.training.evaluation import evaluate, evaluation_loader, with_classes_of
+        from repvgg.training.loop import choose_device
+
+        _need_positive("batch-size", self.batch_size)
+        network = _load(self.model, self.name).to(choose_device(self.device))
+        images, note = with_classes_of(network, open_images(self.data, "test"))
+        if note:
+            warn(note)
+        loader = evaluation_loader(network, images, self.batch_size, self.workers)
+        result = evaluate(network, loader, lambda it: with_bar("images", it, len(loader)))
+        right = round(result.top1 * len(images))
+        say(
+            f"top-1 {100 * result.top1:.2f} % ({right} of {len(images)}), "
+            f"top-5 {100 * result.top5:.2f} %, loss {result.loss:.4f}"
+        )
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Fold a training-time network into the plain one, verify it, and write it."""
+
+    model: ModelFile
+    """File of the training-time network."""
+    output: OutputFile
+    """File to write the plain network to; nothing is written if the two differ."""
+    name: str | None = None
+    """Name of the network, for a weight file that does not say it (timm's, the authors')."""
+    data: str | None = None
+    """Images to verify on, all of them, see `evaluate`; random ones if not given."""
+    max_rel_error: float | None = None
+    """Largest error relative to the largest logit; by the precision of the file if not given."""
+
+    def run(self) -> None:
+        from repvgg.checkpoint import save
+        from repvgg.reparam import convert
+        from repvgg.verification import verify
+
+        network = _load(self.model, self.name)
+        if network.block == "plain":
+            raise InputError(f"{self.model}: a training-time network is needed, found a plain one")
+        conversion = convert(network)
+        inputs = _inputs(network, self.data)
+        bound = self.max_rel_error
+        if bound is None:
+            bound = _usual_bound(network)
+        agreement = verify(network, conversion.model, inputs, max_rel_error=bound)
+        save(conversion.model, self.output)
+        say(f"{self.output}: {conversion}")
+        on = f"{agreement.images} images of {self.data}" if self.data else "random images"
+        say(f"verified on {on}: {agreement}")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Name what is in images: the most probable classes, a line an image."""
+
+    model: ModelFile
+    """File of a network, training-time or plain."""
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE [IMAGE …]")]
+    """Images, and folders of images, which are searched through."""
+    top_k: int = 5
+    """Classes to name for each image."""
+    name: str | None = None
+    """Name of the network, for a weight file that does not say it (timm's, the authors')."""
+    device: Device = "auto"
+    """Where to compute."""
+
+    def run(self) -> None:
+        from repvgg.data.images import find_images
+        from repvgg.prediction import predict
+        from repvgg.training.loop import choose_device
+
+        if not self.images:
+            raise InputError("images: at least one image or folder is needed, found none")
+        paths = [path for given in self.images for path in find_images(given)]
+        network = _load(self.model, self.name).to(choose_device(self.device))
+        errors = []
+        for prediction in predict(network, paths, self.top_k):
+            if prediction.error:
+                errors.append(prediction.error)
+                warn(prediction.error)
+                continue
+            classes = ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
+            say(f"{prediction.path}: {classes}")
+        if errors:
+            raise InputError(f"{len(errors)} of {len(paths)} images could not be decoded")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Print a network layer by layer: shapes, parameters, multiply-adds, Winograd multiplies."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """File of a network, or a name: `repvgg_a0`, or `repvgg_a0:a=0.5,strides=1-1-2-2-2`."""
+    block: Literal["plain", "repvgg"] = "plain"
+    """Of a name: the plain network, or the training-time one."""
+    image_size: int | None = None
+    """Side in pixels of the image; what the network is meant for if not given."""
+    num_classes: int = 1000
+    """Of a name: outputs of the linear layer."""
+
+    def run(self) -> None:
+        from repvgg.costs import cost
+        from repvgg.model import create_model
+
+        if self.model.endswith((".safetensors", ".pth", ".pt")) or Path(self.model).exists():
+            network = _load(Path(self.model), None)
+        else:
+            network = create_model(self.model, num_classes=self.num_classes, block=self.block)
+        size = self.image_size or network.preprocessing.size
+        total = cost(network, size)
+        rows = [
+            (row.name, row.module, "×".join(map(str, row.output_shape)), f"{row.params:,}",
+             f"{row.macs / 1e6:,.2f}", f"{row.winograd_multiplies / 1e6:,.2f}")
+            for row in total.layers
+        ]  # fmt: skip
+        rows.append(
+            ("total", f"{network.block} network at {size}×{size}", "", f"{total.params:,}",
+             f"{total.macs / 1e6:,.2f}", f"{total.winograd_multiplies / 1e6:,.2f}")
+        )  # fmt: skip
+        columns = ("layer", "what", "output", "parameters", "multiply-adds (M)", "Winograd (M)")
+        show_table(self.model, columns, rows)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a network as ONNX, folded, and check it with onnxruntime."""
+
+    model: ModelFile
+    """File of a network, training-time or plain."""
+    output: OutputFile
+    """File to write, ending in .onnx."""
+    name: str | None = None
+    """Name of the network, for a weight file that does not say it (timm's, the authors')."""
+
+    def run(self) -> None:
+        import torch
+
+        from repvgg.export.onnx import export_onnx, require, run_onnx
+        from repvgg.files import written_aside
+        from repvgg.verification import compare_outputs
+
+        require("onnx", "onnxscript", "onnxruntime")
+        if self.output.suffix != ".onnx":
+            raise InputError(f"{self.output}: a name that ends in .onnx is needed")
+        network = _load(self.model, self.name).float()
+        (inputs,) = _inputs(network, None)
+        with written_aside(self.output) as aside:
+            export_onnx(network, aside)
+            with torch.inference_mode():
+                agreement = compare_outputs(network(inputs), run_onnx(aside, inputs))
+            agreement.require(1e-4)
+        say(f"{self.output}: equal in onnxruntime, {agreement}")
+
+
+COMMANDS: dict[str, type] = {
+    "quickstart": Quickstart,
+    "train": Train,
+    "evaluate": Evaluate,
+    "convert": Convert,
+    "predict": Predict,
+    "profile": Profile,
+    "export": Export,
+}
+
+
+def _load(path: Path, name: str | None) -> "RepVGG":
+    """A network in eval mode from a file that says what it is, or one of the name."""
+    from repvgg.checkpoint import load, network_from_weights
+
+    if name is None:
+        return load(path)
+    network, loaded = network_from_weights(name, path)
+    say(loaded)
+    return network
+
+
+def _inputs(network: "RepVGG", data: str | None) -> Any:
+    """Batches of real images, prepared, or one of random images; in the network's dtype."""
+    import torch
+
+    like = next(network.parameters())
+    if data is None:
+        size = network.preprocessing.size
+        shape = (8, network.in_chans, size, size)
+        return [torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)]
+    from repvgg.data.images import open_images
+    from repvgg.data.transforms import normalize
+    from repvgg.training.evaluation import evaluation_loader
+
+    loader = evaluation_loader(network, open_images(data, "test"), batch_size=64)
+
+    def batches() -> Any:
+        for batch in with_bar("verifying", loader.epoch(), len(loader)):
+            if batch.broken:
+                raise InputError(batch.broken[0])
+            yield normalize(batch.images, network.preprocessing).to(like.dtype)
+
+    return batches()
+
+
+def _usual_bound(network: "RepVGG") -> float:
+    """Relative error that rounding alone may make in the precision of the network's weights."""
+    import torch
+
+    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(next(network.parameters()).dtype, 5e-2)
+
+
+def _need_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{name}: 1 or more needed, found {value}")
+
+
+def _chosen_recipe(arguments: list[str]) -> str:
+    """The value of `--recipe`, needed before the parser runs since it sets the other defaults."""
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag == "--recipe":
+            value = value if equals else "".join(arguments[index + 1 : index + 2])
+            return value if value in RECIPES else Train.recipe
+    return Train.recipe
+
+
+def _parser(arguments: list[str]) -> Any:
+    """The union of all commands, with the defaults of the chosen recipe in `train`."""
+    commands = {name: Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()}
+    if arguments[:1] == ["train"]:
+        recipe = _chosen_recipe(arguments)
+        commands["train"] = Annotated[
+            Train,
+            subcommand("train", default=Train(tyro.MISSING, recipe, config=RECIPES[recipe]())),
+        ]
+    return Union[tuple(commands.values())]  # noqa: UP007
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command that the arguments name, those of the process if none are given."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.showwarning = lambda message, *_, **__: warn(f"warning: {message}")
+    try:
+        command = tyro.cli(
+            _parser(arguments),
+            prog="repvgg",
+            description="Networks that train with many branches and run as a plain stack of 3×3 "
+            "convolution + ReLU.",
+            args=arguments or ["--help"],
+        )
+        command.run()
+    except InputError as error:
+        warn(f"repvgg: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        warn("repvgg: interrupted; the same `train` command goes on from the last whole epoch")
+        sys.exit(130)
+    except BrokenPipeError:  # as in `repvgg predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,61 @@
+"""What is done to an image before a network sees it.
+
+Images stay 8-bit until they are a batch on the device, where `normalize` makes them floats: a
+quarter of the memory between processes, and no float arithmetic in the workers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from repvgg.preprocessing import Preprocessing
+from repvgg.training.config import Augmentation
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def evaluation_transform(preprocessing: Preprocessing) -> Transform:
+    """Resize the shorter side, crop the centre: image → (C, size, size), uint8."""
+    return v2.Compose(
+        [
+            v2.Resize(preprocessing.resize_size, InterpolationMode(preprocessing.interpolation)),
+            v2.CenterCrop(preprocessing.size),
+            v2.PILToTensor(),
+        ]
+    )
+
+
+def training_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Transform:
+    """Random changes of an image: image → (C, size, size), uint8.
+
+    Args:
+        preprocessing: says the size and how to resize.
+        augmentation: "crop-flip": a random part, of 8 to 100 % of the area, resized, and a flip
+            (paper, Sect. 4.1, as in the PyTorch example); "shift-flip": 1/8 of the size as
+            padding, a random crop, and a flip, the usual for CIFAR; "shift": the same without the
+            flip, for images whose sides have a meaning; "none".
+    """
+    size, interpolation = preprocessing.size, InterpolationMode(preprocessing.interpolation)
+    if augmentation == "none":
+        return evaluation_transform(preprocessing)
+    if augmentation == "crop-flip":
+        steps = [v2.RandomResizedCrop(size, interpolation=interpolation)]
+    else:
+        steps = [
+            v2.Resize(size, interpolation),
+            v2.CenterCrop(size),
+            v2.RandomCrop(size, padding=max(1, size // 8)),
+        ]
+    if augmentation.endswith("flip"):
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """A uint8 batch (N, C, H, W) → fp32, channels-last, with the mean and deviation taken out."""
+    constants = torch.tensor([preprocessing.mean, preprocessing.std]).to(images.device) * 255
+    mean, std = constants[:, None, :, None, None]
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,1 @@
+"""Plain networks for other runtimes."""

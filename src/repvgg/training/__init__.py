@@ -1,0 +1,1 @@
+"""Training and evaluation of classification networks (paper, Sect. 4.1)."""

@@ -1,0 +1,117 @@
+"""The folder of a run: its config, history, whole states to go on from, and models.
+
+`config.json`, `history.csv`, `history.png`, `last.safetensors`, `best.safetensors`, and in
+`checkpoints/` the states after the latest epochs. Each file is whole at every moment.
+"""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repvgg.console import warn
+from repvgg.errors import InputError
+from repvgg.files import written_aside
+from repvgg.training.config import TrainConfig, changed_fields
+
+KEPT_STATES = 2
+NAMES = ("config.json", "history.csv", "history.png", "last.safetensors", "best.safetensors")
+
+
+class RunFolder:
+    """Opens the folder of a run, new or begun.
+
+    Args:
+        path: the folder; it is made if need be.
+        config: of the run.
+        restart: throw away what an earlier run left there.
+
+    Raises:
+        InputError: the folder holds a run of another config, or other files and no run.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, *, restart: bool = False):
+        self.path = path
+        self.last, self.best = path / "last.safetensors", path / "best.safetensors"
+        self._states = path / "checkpoints"
+        if restart:
+            self._remove_run()
+        if (path / "config.json").exists():
+            self._refuse_other_config(config)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path}: an empty folder or one of a run is needed, found neither")
+        with written_aside(path / "config.json") as aside:
+            aside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+    def _remove_run(self) -> None:
+        for name in NAMES if (self.path / "config.json").exists() else ():
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self._states, ignore_errors=True)
+
+    def _refuse_other_config(self, config: TrainConfig) -> None:
+        try:
+            earlier = json.loads((self.path / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path / 'config.json'}: cannot be read ({error})") from error
+        if changed := changed_fields(config, earlier):
+            text = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in changed.items())
+            raise InputError(
+                f"{self.path}: holds a run of another config ({text}); "
+                "give another --output, the same config, or --restart"
+            )
+
+    def save_state(self, epoch: int, state: dict[str, Any]) -> None:
+        """Write the whole state after an epoch, and remove the oldest beyond `KEPT_STATES`."""
+        with written_aside(self._states / f"epoch-{epoch:05d}.pt") as aside:
+            torch.save(state, aside)
+        for path in self._state_paths()[:-KEPT_STATES]:
+            path.unlink()
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The newest whole state, or None; one that cannot be read is named and passed over."""
+        for path in reversed(self._state_paths()):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged pickle can raise anything
+                warn(f"{path}: cannot be read, going on from the one before ({error})")
+        return None
+
+    def _state_paths(self) -> list[Path]:
+        return sorted(self._states.glob("epoch-*.pt"))
+
+    def write_history(self, rows: list[dict[str, float]]) -> None:
+        """One row an epoch as CSV."""
+        with (
+            written_aside(self.path / "history.csv") as aside,
+            open(aside, "w", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def read_history(self) -> list[dict[str, float]]:
+        """What `write_history` wrote."""
+        with open(self.path / "history.csv", newline="") as file:
+            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+    def draw_history(self, rows: list[dict[str, float]]) -> None:
+        """Loss and top-1 error against the epoch, training and test."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        epochs = [row["epoch"] for row in rows]
+        for axes, metric, unit in zip(
+            figure.subplots(1, 2), ("loss", "top1"), ("loss (nats)", "top-1 (%)"), strict=True
+        ):
+            for split in ("train", "test"):
+                values = [row[f"{split}_{metric}"] for row in rows]
+                scaled = [100 * value for value in values] if metric == "top1" else values
+                axes.plot(epochs, scaled, marker=".", label=split)
+            axes.set(xlabel="epoch", ylabel=unit)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        with written_aside(self.path / "history.png") as aside:
+            figure.savefig(aside, dpi=120)

@@ -1,0 +1,286 @@
+"""Config, optimizer, schedule and the loop, on the real digits."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import repvgg
+from repvgg.data.images import open_images
+from repvgg.errors import InputError
+from repvgg.training.config import RECIPES, TrainConfig, digits
+from repvgg.training.evaluation import evaluate, evaluation_loader, with_classes_of
+from repvgg.training.loop import Run, choose_device, train
+from repvgg.training.optimizer import build_optimizer, cosine_rate
+
+SHORT = dataclasses.replace(digits(), epochs=3, batch_size=256)
+
+
+def test_the_default_recipe_is_the_papers():
+    config = RECIPES["imagenet-120"]()
+    assert (config.epochs, config.batch_size, config.learning_rate) == (120, 256, 0.1)
+    assert (config.momentum, config.weight_decay) == (0.9, 1e-4)
+    assert config.augmentation == "crop-flip"
+
+
+@pytest.mark.parametrize(
+    "field", ["epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "workers"]
+)
+def test_a_config_names_the_field_that_is_wrong(field):
+    with pytest.raises(InputError, match=field):
+        TrainConfig(**{field: -1})
+    with pytest.raises(InputError, match="learning_rate"):
+        TrainConfig(learning_rate=math.nan)
+
+
+def test_the_rate_falls_along_half_a_cosine():
+    rates = [cosine_rate(progress, 0.1) for progress in (0, 1 / 3, 0.5, 2 / 3, 1)]
+    np.testing.assert_allclose(rates, [0.1, 0.075, 0.05, 0.025, 0], atol=1e-15)
+
+
+def test_weight_decay_is_on_the_kernels_of_conv_and_linear_layers_only():
+    model = repvgg.create_model("repvgg_digits", num_classes=10)
+    decayed, others = build_optimizer(model, TrainConfig(weight_decay=0.01)).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0)
+    assert {p.dim() for p in decayed["params"]} == {2, 4}
+    assert {p.dim() for p in others["params"]} == {1}
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_one_step_is_that_of_sgd_by_hand():
+    """The loop's step against w ← w − lr · (g + wd · w), the first step of momentum."""
+    network = repvgg.create_model("repvgg_digits", num_classes=10, in_chans=1)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    images = torch.randn(16, 1, 8, 8)
+    labels = torch.arange(16) % 10
+    optimizer = build_optimizer(network, TrainConfig(learning_rate=0.5, weight_decay=0.01))
+    F.cross_entropy(network(images), labels).backward()
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    optimizer.step()
+    for name, p in network.named_parameters():
+        decay = 0.01 if p.dim() > 1 else 0.0
+        expected = before[name] - 0.5 * (gradients[name] + decay * before[name])
+        torch.testing.assert_close(p.detach(), expected)
+
+
+def csv_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "digits"
+    train(SHORT, output)
+    return output
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    files = {"config.json", "history.csv", "history.png", "last.safetensors", "best.safetensors"}
+    assert names == files | {"checkpoints"}
+    states = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert states == ["epoch-00002.pt", "epoch-00003.pt"]
+    assert TrainConfig(**json.loads((finished / "config.json").read_text())) == SHORT
+    with Image.open(finished / "history.png") as drawn:
+        assert drawn.size > (500, 200)
+    rows = csv_rows(finished / "history.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+
+
+def test_the_history_tells_the_accuracy_of_the_files(finished):
+    tops = [float(row["test_top1"]) for row in csv_rows(finished / "history.csv")]
+    for name, expected in (("last", tops[-1]), ("best", max(tops))):
+        network = repvgg.load(finished / f"{name}.safetensors")
+        assert network.class_names == tuple("0123456789")
+        result = evaluate(network, evaluation_loader(network, open_images("digits", "test")))
+        assert result.top1 == pytest.approx(expected, abs=1e-5)
+
+
+def test_evaluation_equals_a_direct_count(finished):
+    network = repvgg.load(finished / "last.safetensors")
+    images = open_images("digits", "test")
+    pixels = torch.stack([torch.from_numpy(np.array(images.decode(i))) for i in range(360)])
+    mean, std = network.preprocessing.mean[0], network.preprocessing.std[0]
+    labels = torch.tensor(images.labels)
+    with torch.no_grad():
+        logits = network.double()((pixels[:, None].double() / 255 - mean) / std)
+    network.float().train()
+    result = evaluate(network, evaluation_loader(network, images, batch_size=77))
+    assert network.training
+    assert result.predictions.tolist() == logits.argmax(1).tolist()
+    assert result.top1 == (logits.argmax(1) == labels).double().mean().item()
+    ranks = (logits > logits[torch.arange(360), labels][:, None]).sum(1)
+    assert result.top5 == pytest.approx((ranks < 5).double().mean().item())
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+    stopped = Run(SHORT, tmp_path / "run")
+    stopped.history.append(stopped._epoch(1))
+    stopped._keep(1)
+    del stopped
+    train(SHORT, tmp_path / "run")
+    expected = repvgg.load(finished / "last.safetensors").state_dict()
+    found = repvgg.load(tmp_path / "run" / "last.safetensors").state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(finished, tmp_path, capsys):
+    run = Run(SHORT, tmp_path / "run")
+    for epoch in (1, 2):
+        run.history.append(run._epoch(epoch))
+        run._keep(epoch)
+    newest = tmp_path / "run" / "checkpoints" / "epoch-00002.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    again = Run(SHORT, tmp_path / "run")
+    assert len(again.history) == 1
+    assert "epoch-00002.pt: cannot be read, going on from the one before" in capsys.readouterr().err
+
+
+def test_another_config_in_the_same_folder_is_refused_naming_the_fields(finished):
+    before = (finished / "config.json").read_text()
+    with pytest.raises(InputError, match=r"batch_size 256 → 64, epochs 3 → 5.*--restart"):
+        train(dataclasses.replace(SHORT, epochs=5, batch_size=64), finished)
+    assert (finished / "config.json").read_text() == before
+    train(dataclasses.replace(SHORT, workers=1), finished)  # where it runs may change
+
+
+def test_restart_begins_anew(tmp_path):
+    one = dataclasses.replace(SHORT, epochs=1)
+    train(dataclasses.replace(one, seed=1), tmp_path / "run")
+    train(one, tmp_path / "run", restart=True)
+    train(one, tmp_path / "other")
+    found = repvgg.load(tmp_path / "run" / "last.safetensors").state_dict()
+    expected = repvgg.load(tmp_path / "other" / "last.safetensors").state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_folder_with_other_files_is_not_taken(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for restart in (False, True):
+        with pytest.raises(InputError, match="empty folder or one of a run"):
+            train(SHORT, tmp_path, restart=restart)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    wild = dataclasses.replace(SHORT, learning_rate=1e30, augmentation="none")
+    with pytest.raises(InputError, match=r"no longer a number at step \d+ of epoch \d"):
+        train(wild, tmp_path / "run")
+
+
+def image_folder(root, broken=0, count=12):
+    for split in ("train", "val"):
+        for label in range(2):
+            (root / split / f"class{label}").mkdir(parents=True)
+            for index in range(count):
+                pixels = np.full((20, 24, 3), 60 + 120 * label + index % 40, dtype=np.uint8)
+                path = root / split / f"class{label}" / f"{index:05}.png"
+                Image.fromarray(pixels).save(path)
+                if split == "train" and index < broken and label == 0:
+                    path.write_bytes(b"broken")
+    return root
+
+
+FOLDER_CONFIG = TrainConfig(
+    model="repvgg_cifar:widths=4-4-4-4-8,depths=1-1-1-1-1", epochs=1, batch_size=8, image_size=16
+)
+
+
+def test_a_folder_of_photographs_is_trained_on(tmp_path):
+    root = image_folder(tmp_path / "data")
+    folder = train(dataclasses.replace(FOLDER_CONFIG, data=str(root)), tmp_path / "run")
+    network = repvgg.load(folder.best)
+    assert network.class_names == ("class0", "class1")
+    assert network.preprocessing.size == 16
+
+
+def test_too_many_broken_images_stop_the_run_naming_one(tmp_path):
+    root = image_folder(tmp_path / "data", broken=1)
+    with pytest.raises(InputError, match=r"0000\d\.png: cannot be decoded.*more than 1 in 1000"):
+        train(dataclasses.replace(FOLDER_CONFIG, data=str(root)), tmp_path / "run")
+
+
+def test_few_broken_images_are_left_out_and_named(tmp_path, capsys):
+    root = image_folder(tmp_path / "data", broken=1, count=500)
+    train(dataclasses.replace(FOLDER_CONFIG, data=str(root), batch_size=250), tmp_path / "run")
+    assert "left out: " in capsys.readouterr().err
+
+
+def test_a_broken_test_image_is_an_error(tmp_path):
+    root = image_folder(tmp_path / "data")
+    (root / "val" / "class1" / "00003.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"val/class1/00003\.png: cannot be decoded"):
+        train(dataclasses.replace(FOLDER_CONFIG, data=str(root)), tmp_path / "run")
+
+
+def test_classes_that_differ_between_the_splits_are_named(tmp_path):
+    root = image_folder(tmp_path / "data")
+    (root / "val" / "class1").rename(root / "val" / "klass1")
+    with pytest.raises(InputError, match="class1, klass1 in one alone"):
+        train(dataclasses.replace(FOLDER_CONFIG, data=str(root)), tmp_path / "run")
+
+
+def test_other_images_than_the_run_was_begun_with_are_refused(tmp_path):
+    root = image_folder(tmp_path / "data")
+    config = dataclasses.replace(FOLDER_CONFIG, data=str(root))
+    train(config, tmp_path / "run")
+    (root / "train" / "class0" / "00000.png").unlink()
+    with pytest.raises(InputError, match="begun with 24 images of 2 classes, found 23 of 2"):
+        train(config, tmp_path / "run")
+
+
+def test_classes_are_matched_by_name_then_by_order():
+    images = open_images("digits", "test")
+    network = repvgg.create_model("repvgg_digits", num_classes=12, in_chans=1)
+    network.set_class_names([*"xy9876543210"])
+    matched, note = with_classes_of(network, images)
+    assert [12 - 1 - label for label in images.labels] == list(matched.labels)
+    assert note == ""
+    other = repvgg.create_model("repvgg_digits", num_classes=10, in_chans=1)
+    assert with_classes_of(other, images)[0].labels == images.labels
+    other.set_class_names([*"abcdefghij"])
+    assert "by order: 0 is a" in with_classes_of(other, images)[1]
+    network.set_class_names([*"abcdefghijkl"])
+    with pytest.raises(InputError, match="10 classes, the network 12, and does not know 0, 1, 2"):
+        with_classes_of(network, images)
+
+
+def test_images_of_other_channels_are_refused():
+    network = repvgg.create_model("repvgg_digits", num_classes=10)
+    with pytest.raises(InputError, match="1 channels, the network needs 3"):
+        evaluation_loader(network, open_images("digits", "test"))
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert choose_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="cuda"):
+            choose_device("cuda")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_lowers_the_loss_in_either_precision(precision, tmp_path):
+    config = dataclasses.replace(SHORT, precision=precision, epochs=2, batch_size=128)
+    history = train(config, tmp_path / "run").read_history()
+    assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
+    weights = repvgg.load(tmp_path / "run" / "last.safetensors").parameters()
+    assert {parameter.dtype for parameter in weights} == {torch.float32}
+
+
+def test_the_plain_network_of_a_trained_one_agrees_on_every_test_image(finished):
+    network = repvgg.load(finished / "best.safetensors")
+    plain = repvgg.reparameterize(network)
+    loader = evaluation_loader(network, open_images("digits", "test"))
+    before, after = evaluate(network, loader), evaluate(plain, loader)
+    assert torch.equal(before.predictions, after.predictions)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules()) == 0
