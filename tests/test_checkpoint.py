@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import struct
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ SPEC = Spec((1, 2, 1), widths=(8, (8, 12), 16), strides=(1, 2, 2), groups=2)
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    network = repvgg.create_model(SPEC, num_classes=3, class_names=["ant", "bee", "cicada"])
+    network: Any = repvgg.create_model(SPEC, num_classes=3, class_names=["ant", "bee", "cicada"])
     with torch.no_grad():
         network(torch.randn(8, 3, 16, 16))  # running statistics that are not the initial ones
     return network
@@ -28,7 +29,8 @@ def model():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["train", "plain"])
 def test_a_saved_network_comes_back_whole_from_its_path_alone(model, dtype, form, tmp_path):
-    network = (model if form == "train" else repvgg.reparameterize(model)).to(dtype)
+    network: Any = model if form == "train" else repvgg.reparameterize(model)
+    network.to(dtype)
     path = tmp_path / "new folder" / "net.safetensors"
     repvgg.save(network, path)
     loaded = repvgg.load(path)
@@ -60,7 +62,7 @@ def test_saving_refuses_what_could_not_be_loaded(model, tmp_path):
     with pytest.raises(repvgg.InputError, match="RepVGG is needed, found a Linear"):
         repvgg.save(nn.Linear(2, 2), path)
     model.stages[0][0].branches.conv1x1 = nn.Identity()
-    with pytest.raises(repvgg.InputError, match="6 missing: stages.0.0.branches.conv1x1"):
+    with pytest.raises(repvgg.InputError, match=r"6 missing: stages.0.0.branches.conv1x1"):
         repvgg.save(model, path)
     assert list(tmp_path.iterdir()) == []
 

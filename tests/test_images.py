@@ -45,7 +45,7 @@ def test_a_folder_gives_its_classes_sorted_and_its_splits(folder):
 
 def test_an_empty_class_folder_is_named(folder):
     (folder / "train" / "cicada").mkdir()
-    with pytest.raises(InputError, match="train.*cicada"):
+    with pytest.raises(InputError, match=r"train.*cicada"):
         open_images(str(folder), "train")
 
 

@@ -6,9 +6,11 @@ The RepVGG block is the list of branches 3×3-BN, 1×1-BN and identity-BN.
 Axes: N images, C channels, H and W; O output channels, I input channels of one group.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from repvgg.errors import InputError
@@ -133,7 +135,7 @@ class MultiBranchBlock(nn.Module):
         kernels, biases = zip(
             *(cast(Branch, branch).equivalent() for branch in self.branches.values()), strict=True
         )
-        return sum(kernels[1:], kernels[0]), sum(biases[1:], biases[0])
+        return functools.reduce(torch.add, kernels), functools.reduce(torch.add, biases)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

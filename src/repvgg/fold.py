@@ -6,6 +6,8 @@ them fp64 and casts the result back.
 Axes: O output channels, I input channels of one group, H and W of the kernel.
 """
 
+from typing import Any, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,7 +87,7 @@ def fold_norm(norm: nn.Module, groups: int = 1) -> tuple[Tensor, Tensor]:
     return fold_batch_norm(kernel, None, **constants)
 
 
-def norm_constants(norm: nn.Module) -> dict:
+def norm_constants(norm: Any) -> dict[str, Any]:
     """What `fold_batch_norm` needs of a batch norm, in fp64.
 
     Raises:
@@ -106,6 +108,10 @@ def norm_constants(norm: nn.Module) -> dict:
     }
 
 
+@overload
+def to_fp64(tensor: Tensor) -> Tensor: ...
+@overload
+def to_fp64(tensor: None) -> None: ...
 def to_fp64(tensor: Tensor | None) -> Tensor | None:
     """The tensor in fp64, on the CPU if its own device (Apple's GPU) has no fp64."""
     if tensor is None:

@@ -78,6 +78,7 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
         class_names: Sequence[str] | None = None,
     ):
         super().__init__()
+        self.classifier: nn.Linear | nn.Identity
         if block not in BLOCKS:
             raise InputError(f"block={block!r}: one of {list(BLOCKS)} needed")
         if not isinstance(drop_rate, int | float) or not 0 <= drop_rate <= 1:

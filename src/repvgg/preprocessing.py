@@ -99,9 +99,13 @@ class Preprocessing:
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, Mapping) or not set(fields) <= known:
             raise InputError(f"preprocessing: fields {sorted(known)} needed")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+        }
         return cls(**values)
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= 1e6  # and so not NaN
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= 1e6  # and so not NaN

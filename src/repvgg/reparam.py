@@ -8,7 +8,7 @@ a new module; the model that was given is only read.
 import copy
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,6 +48,10 @@ class Conversion:
         return f"{text}; not folded: {', '.join(names[:8])}{more}"
 
 
+@overload
+def reparameterize(model: RepVGG) -> RepVGG: ...
+@overload
+def reparameterize(model: nn.Module) -> nn.Module: ...
 def reparameterize(model: nn.Module) -> nn.Module:
     """The plain model that `model` is equal to at inference; `convert` also says what it did.
 
@@ -175,7 +179,8 @@ def _fold_pairs(model: nn.Module) -> list[tuple[str, str]]:
     }
     folded = []
     for conv_name, norm_name in _adjacent_pairs(model, ""):
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        conv = cast(nn.Conv2d, model.get_submodule(conv_name))
+        norm = cast(Any, model.get_submodule(norm_name))
         follower = _after_folding(norm)
         if follower is None or uses[id(conv)] > 1 or uses[id(norm)] > 1:
             continue
@@ -205,26 +210,27 @@ def _adjacent_pairs(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
             for name, child in module.named_children()
             for pair in _adjacent_pairs(child, f"{prefix}{name}.")
         ]
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    called = {node: str(node.target) for node in graph.nodes if node.op == "call_module"}
+    calls = Counter(called.values())
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     pairs = [
         pair
         for name in calls
         for pair in _adjacent_pairs(module.get_submodule(name), f"{prefix}{name}.")
     ]
-    for norm_node in graph.nodes:
-        if norm_node.op != "call_module" or not _is_norm(module.get_submodule(norm_node.target)):
-            continue
+    for norm_node, norm in called.items():
         conv_node = norm_node.args[0] if norm_node.args else None
+        if not isinstance(conv_node, fx.Node) or conv_node not in called:
+            continue
+        conv = called[conv_node]
         if (
-            isinstance(conv_node, fx.Node)
-            and conv_node.op == "call_module"
-            and _is_conv(module.get_submodule(conv_node.target))
+            _is_norm(module.get_submodule(norm))
+            and _is_conv(module.get_submodule(conv))
             and len(conv_node.users) == 1
-            and calls[conv_node.target] == calls[norm_node.target] == 1
-            and conv_node.target not in read  # its weight is not used elsewhere
+            and calls[conv] == calls[norm] == 1
+            and conv not in read  # its weight is not used elsewhere
         ):
-            pairs.append((prefix + conv_node.target, prefix + norm_node.target))
+            pairs.append((prefix + conv, prefix + norm))
     return pairs
 
 
@@ -254,7 +260,7 @@ def _is_observed(module: nn.Module) -> bool:
     )
 
 
-def _after_folding(norm: nn.Module) -> nn.Module | None:
+def _after_folding(norm: Any) -> nn.Module | None:
     """What stays of a batch norm, or None if it cannot be folded."""
     if norm.running_mean is None:
         return None

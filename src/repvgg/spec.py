@@ -9,11 +9,12 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from repvgg.errors import InputError
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+PADDING_MODES = get_args(PaddingMode)
 
 # No real network comes near these; they bound what a hostile file can ask for.
 MAX_LAYERS = 1000
@@ -37,7 +38,7 @@ class Layer:
     stride: int = 1
     groups: int = 1
     dilation: int = 1
-    padding_mode: str = "zeros"
+    padding_mode: PaddingMode = "zeros"
 
     def __post_init__(self) -> None:
         for field in ("in_channels", "out_channels", "stride", "groups", "dilation"):

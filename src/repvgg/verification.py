@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,11 +168,12 @@ def _block_pairs(model: nn.Module, plain: nn.Module) -> dict[str, tuple[nn.Modul
 def _recorded(modules: list[nn.Module]) -> Iterator[dict[int, Tensor]]:
     """The last output of each module, by its position in the list."""
     seen: dict[int, Tensor] = {}
+
+    def keep(index: int, output: Any) -> None:
+        seen[index] = output.clone()  # a copy, since the next layer may work in place
+
     handles = [
-        module.register_forward_hook(
-            # A copy, since the next layer may work in place.
-            lambda _module, _inputs, output, index=index: seen.__setitem__(index, output.clone())
-        )
+        module.register_forward_hook(lambda _, __, output, index=index: keep(index, output))
         for index, module in enumerate(modules)
     ]
     try:

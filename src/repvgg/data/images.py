@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -128,8 +128,8 @@ def _digits(split: Split) -> Images:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    parts = train_test_split(
+    digits: Any = load_digits()
+    parts: Any = train_test_split(
         np.round(digits.images * (255 / 16)).astype(np.uint8),
         digits.target,
         test_size=360,

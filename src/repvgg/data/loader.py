@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from repvgg.data.images import Images
 from repvgg.data.transforms import Transform
@@ -62,24 +62,31 @@ class Samples(Dataset[Any]):
             return self.transform(image), self.images.labels[index]
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Keys of `Samples`: a permutation that depends on (seed, epoch), or the order as it is.
+class BatchSampler:
+    """The keys of `Samples` for each batch of a pass.
+
+    Their order is a permutation that depends on (seed, epoch), or, without seed, that of the
+    source.
 
     Attributes:
         epoch: set before each pass.
     """
 
-    def __init__(self, size: int, seed: int | None):
-        self.size, self.seed, self.epoch = size, seed, 0
+    def __init__(self, size: int, batch_size: int, seed: int | None):
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
 
     def __len__(self) -> int:
-        return self.size
+        # In training a short last batch would weigh its images more, and its statistics are poor.
+        drops_last = self.seed is not None and self.size > self.batch_size
+        return self.size // self.batch_size if drops_last else -(-self.size // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = range(self.size)
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
-        return iter([(self.epoch, index) for index in order])
+        for batch in range(len(self)):
+            start = batch * self.batch_size
+            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
 
 
 class Loader:
@@ -106,12 +113,10 @@ class Loader:
     ):
         if workers is None:
             workers = 0 if len(images) < WORTH_WORKERS else max(1, (os.cpu_count() or 2) - 1)
-        self.sampler = EpochSampler(len(images), seed)
-        # A short last batch would weigh its images more and has poor batch statistics.
-        drop_last = seed is not None and len(images) > batch_size
+        self.sampler = BatchSampler(len(images), batch_size, seed)
         self._loader = DataLoader(
             Samples(images, transform, seed or 0),
-            batch_sampler=BatchSampler(self.sampler, batch_size, drop_last),
+            batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory,

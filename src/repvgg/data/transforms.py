@@ -42,7 +42,7 @@ def training_transform(preprocessing: Preprocessing, augmentation: Augmentation)
     if augmentation == "none":
         return evaluation_transform(preprocessing)
     if augmentation == "crop-flip":
-        steps = [v2.RandomResizedCrop(size, interpolation=interpolation)]
+        steps: list[v2.Transform] = [v2.RandomResizedCrop(size, interpolation=interpolation)]
     else:
         steps = [
             v2.Resize(size, interpolation),
