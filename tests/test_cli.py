@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import repvgg
 from repvgg.cli import COMMANDS, main
+from repvgg.training.config import TrainConfig
+from repvgg.training.recipes import RECIPES
 
 REPVGG = Path(sys.executable).with_name("repvgg")
 NEEDED = {
@@ -23,6 +26,7 @@ NEEDED = {
     "convert": ["model", "output"],
     "predict": ["model", "image"],
     "profile": ["repvgg_a0"],
+    "recipes": [],
     "export": ["model", "output"],
 }
 
@@ -107,9 +111,19 @@ def test_a_recipe_shows_its_own_defaults():
     assert "sgdr" in refuse("train", "--recipe=sgdr", "--output", "x")
 
 
+def test_recipes_are_listed_and_a_config_is_shown_whole():
+    text = succeed("recipes")
+    assert all(name in text for name in RECIPES)
+    shown = succeed("train", "--recipe", "imagenet-200", "--output", "x", "--print-config")
+    config = TrainConfig(**json.loads(shown))
+    assert config == RECIPES["imagenet-200"]()
+    assert (config.epochs, config.warmup_epochs, config.label_smoothing) == (200, 5, 0.1)
+    assert (config.mixup, config.augmentation) == (0.2, "autoaugment-crop-flip")
+
+
 def test_the_same_command_again_goes_on_and_another_is_refused(trained):
     train = ("train", "--recipe", "digits", "--batch-size", 128, "--seed", 3, "--output")
-    assert "going on after epoch 2 of 2" in succeed(*train, trained.parent, "--epochs", 2)
+    assert "going on at step 0 of epoch 3 of 2" in succeed(*train, trained.parent, "--epochs", 2)
     assert "epochs 2 → 3" in refuse(*train, trained.parent, "--epochs", 3)
 
 

@@ -151,29 +151,36 @@ def test_the_rows_add_up(block):
         assert sum(getattr(row, field) for row in found.layers) == getattr(found, field)
 
 
-def test_work_outside_of_any_layer_and_shared_layers_are_counted():
+def test_shared_weights_count_once_and_work_as_often_as_it_is_done():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(4, 4)
-            self.alias = self.layer
+            self.layer, self.tied = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.alias, self.tied.weight = self.layer, self.layer.weight
             self.scale = nn.Parameter(torch.ones(4, 4))
 
         def forward(self, x):
-            return self.alias(self.layer(x[0, 0])) @ self.scale
+            return self.tied(self.alias(self.layer(x[0, 0]))) @ self.scale
 
-    found = cost(Tied(), (5, 4))
+    model = Tied()
+    before = dict(model.named_parameters(remove_duplicate=False))
+    found = cost(model, (5, 4))
     assert [(row.name, row.params, row.macs) for row in found.layers] == [
         ("", 16, 80),
         ("layer", 20, 160),
+        ("tied", 4, 80),
     ]
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after.keys() == before.keys()
+    assert all(after[name] is parameter for name, parameter in before.items())
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("size", [32, 0, (-1, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_model_is_not_changed(training, size, dtype):
-    model = create_model(SMALL).to(dtype).train(training)
+@pytest.mark.parametrize("block", ["repvgg", "plain"])
+def test_the_model_is_not_changed(training, size, dtype, block):
+    model = create_model(SMALL, block=block).to(dtype).train(training)
     model.stages[0].train(not training)
     modes = [module.training for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -207,6 +214,7 @@ def test_an_image_that_does_not_fit_is_refused_and_the_model_left_as_it_was(mode
     with pytest.raises(InputError, match=f"^the model cannot take an image of {found}: .+$"):
         cost(model, size)
     assert all(module.training for module in model.modules())
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 

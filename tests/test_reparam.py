@@ -180,10 +180,13 @@ def test_a_block_alone_converts(relative_error, randomized):
     assert conversion.blocks == ("",)
 
 
-def test_a_shared_block_stays_shared(relative_error, randomized):
-    block = randomized(repvgg_block(Layer(4, 4)).double())
-    plain: Any = reparameterize(model := nn.Sequential(block, nn.Sequential(block), block))
-    assert plain[0] is plain[1][0] is plain[2]
+def test_what_is_shared_stays_shared(relative_error, randomized):
+    block, other = repvgg_block(Layer(4, 4)), repvgg_block(Layer(4, 4))
+    block.activation = other.activation = nn.PReLU()
+    model = randomized(nn.Sequential(block, nn.Sequential(block), block, other).double())
+    plain: Any = reparameterize(model)
+    assert plain[0] is plain[1][0] is plain[2] is not plain[3]
+    assert plain[0].activation is plain[3].activation is not block.activation
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     assert relative_error(model.eval()(x), plain(x)) <= 1e-12
 
@@ -251,12 +254,17 @@ def test_hooks_of_a_block_see_the_same_on_the_plain_one(relative_error, network,
     network = network.double()
     seen: list[Tensor] = []
     block: Any = network.stages[1].get_submodule("1")
-    block.register_forward_pre_hook(
-        lambda _block, inputs, *_: seen.append(inputs[0].clone()), with_kwargs=with_kwargs
-    )
-    block.register_forward_hook(
-        lambda *given: seen.append(given[-1].clone()), with_kwargs=with_kwargs
-    )
+
+    def before(_block, inputs, *kwargs):
+        assert kwargs == ({},) * with_kwargs
+        seen.append(inputs[0].clone())
+
+    def after(_block, _inputs, *kwargs_and_output):
+        assert kwargs_and_output[:-1] == ({},) * with_kwargs
+        seen.append(kwargs_and_output[-1].clone())
+
+    block.register_forward_pre_hook(before, with_kwargs=with_kwargs)
+    block.register_forward_hook(after, with_kwargs=with_kwargs)
     plain = reparameterize(network)
     assert not seen
     images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
@@ -305,6 +313,7 @@ def test_conv_bn_pairs_of_the_baselines_are_folded(relative_error, randomized, m
     assert len(conversion.pairs) == count_norms(model) > 0
     assert conversion.remaining == {}
     assert count_norms(conversion.model) == 0
+    assert not any(module.training for module in conversion.model.modules())
     assert relative_error(model(images), conversion.model(images)) <= 1e-12
 
 
@@ -359,6 +368,11 @@ class TiedWeight(Pair):
         return torch.conv2d(super().forward(x), self.conv.weight)
 
 
+class TiedScale(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.bn.weight.sum()
+
+
 def hooked(name: str) -> Pair:
     pair = Pair()
     pair.get_submodule(name).register_forward_hook(lambda *given: given[-1].abs())
@@ -391,6 +405,7 @@ def shared_weight() -> Pair:
         AfterRelu,
         NormFirst,
         TiedWeight,
+        TiedScale,
         lambda: hooked("conv"),
         lambda: hooked("bn"),
         hooked_around,
@@ -421,17 +436,30 @@ def test_pairs_inside_a_hooked_module_are_folded_and_the_hook_sees_no_tracer(ran
     assert seen == []
 
 
+class Branching(nn.Module):
+    def __init__(self, left: nn.Module, right: nn.Module):
+        super().__init__()
+        self.left, self.right = left, right
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) if x.sum() > 0 else self.right(x)
+
+
 def test_pairs_are_folded_in_the_parts_of_a_model_that_cannot_be_traced(randomized):
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.left, self.right = Pair(), Pair()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.left(x) if x.sum() > 0 else self.right(x)
-
-    conversion = convert(randomized(Branching()))
+    conversion = convert(randomized(Branching(Pair(), Pair())))
     assert conversion.pairs == (("left.conv", "left.bn"), ("right.conv", "right.bn"))
+
+
+@pytest.mark.parametrize("shared", ["conv", "bn"])
+def test_a_part_of_two_pairs_is_not_folded(relative_error, randomized, shared):
+    left = Pair()
+    right = Pair(**{shared: left.get_submodule(shared)})
+    model = randomized(Branching(left, right).double()).eval()
+    conversion = convert(model)
+    assert conversion.pairs == ()
+    for sign in (1, -1):
+        x = sign * torch.rand(1, 3, 6, 6, dtype=torch.float64)
+        assert torch.equal(model(x), conversion.model(x))
 
 
 def test_pairs_can_be_left_alone(network):

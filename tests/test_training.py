@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import time
 from typing import cast
 
 import numpy as np
@@ -16,12 +17,16 @@ from torch import nn
 import repvgg
 from repvgg.data.images import open_images
 from repvgg.errors import InputError
-from repvgg.training.config import RECIPES, TrainConfig, digits
+from repvgg.training.config import TrainConfig
+from repvgg.training.distributed import World
 from repvgg.training.evaluation import evaluate, evaluation_loader, with_classes_of
-from repvgg.training.loop import Run, choose_device, train
-from repvgg.training.optimizer import build_optimizer, cosine_rate
+from repvgg.training.loop import Run, train
+from repvgg.training.optimizer import build_optimizer, learning_rate
+from repvgg.training.recipes import RECIPES, digits
+from repvgg.training.setup import choose_device
 
-SHORT = dataclasses.replace(digits(), epochs=3, batch_size=256)
+SHORT = dataclasses.replace(digits(), epochs=3, batch_size=256, base_batch_size=256)
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def test_the_default_recipe_is_the_papers():
@@ -42,8 +47,14 @@ def test_a_config_names_the_field_that_is_wrong(field):
 
 
 def test_the_rate_falls_along_half_a_cosine():
-    rates = [cosine_rate(progress, 0.1) for progress in (0, 1 / 3, 0.5, 2 / 3, 1)]
+    rates = [learning_rate(TrainConfig(), epochs) for epochs in (0, 40, 60, 80, 120)]
     np.testing.assert_allclose(rates, [0.1, 0.075, 0.05, 0.025, 0], atol=1e-15)
+
+
+def test_the_rate_rises_over_the_warm_up_and_scales_with_the_batch():
+    config = TrainConfig(epochs=25, warmup_epochs=5, batch_size=1024)
+    rates = [learning_rate(config, epochs) for epochs in (0, 2.5, 5, 15, 25)]
+    np.testing.assert_allclose(rates, [0, 0.2, 0.4, 0.2, 0], atol=1e-15)
 
 
 def test_weight_decay_is_on_the_kernels_of_conv_and_linear_layers_only():
@@ -86,9 +97,9 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     files = {"config.json", "history.csv", "history.png", "last.safetensors", "best.safetensors"}
-    assert names == files | {"checkpoints"}
+    assert names == files | {"checkpoints", "tensorboard"}
     states = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert states == ["epoch-00002.pt", "epoch-00003.pt"]
+    assert states == ["step-000000005.pt", "step-000000010.pt", "step-000000015.pt"]
     assert TrainConfig(**json.loads((finished / "config.json").read_text())) == SHORT
     with Image.open(finished / "history.png") as drawn:
         assert drawn.size > (500, 200)
@@ -123,11 +134,14 @@ def test_evaluation_equals_a_direct_count(finished):
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
-def test_a_run_that_goes_on_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
-    stopped = Run(SHORT, tmp_path / "run")
-    stopped.history.append(stopped._epoch(1))
-    stopped._keep(1)
-    del stopped
+def one_epoch(run):
+    run.received, run.kept_at = [], time.monotonic()
+    run._train_epoch()
+    run._end_epoch()
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bits(finished, tmp_path):
+    one_epoch(Run(SHORT, tmp_path / "run", ALONE))
     train(SHORT, tmp_path / "run")
     expected = repvgg.load(finished / "last.safetensors").state_dict()
     found = repvgg.load(tmp_path / "run" / "last.safetensors").state_dict()
@@ -136,15 +150,16 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(finished, tmp_path, monkeypa
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(finished, tmp_path, capsys):
-    run = Run(SHORT, tmp_path / "run")
-    for epoch in (1, 2):
-        run.history.append(run._epoch(epoch))
-        run._keep(epoch)
-    newest = tmp_path / "run" / "checkpoints" / "epoch-00002.pt"
+    run = Run(SHORT, tmp_path / "run", ALONE)
+    one_epoch(run)
+    one_epoch(run)
+    newest = tmp_path / "run" / "checkpoints" / "step-000000010.pt"
     newest.write_bytes(newest.read_bytes()[:5000])
-    again = Run(SHORT, tmp_path / "run")
+    again = Run(SHORT, tmp_path / "run", ALONE)
     assert len(again.history) == 1
-    assert "epoch-00002.pt: cannot be read, going on from the one before" in capsys.readouterr().err
+    assert (
+        "step-000000010.pt: cannot be read, going on from the one before" in capsys.readouterr().err
+    )
 
 
 def test_another_config_in_the_same_folder_is_refused_naming_the_fields(finished):
@@ -269,13 +284,26 @@ def test_a_device_that_is_not_there_is_refused():
             choose_device("cuda")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_lowers_the_loss_in_either_precision(precision, tmp_path):
-    config = dataclasses.replace(SHORT, precision=precision, epochs=2, batch_size=128)
+OPTIONS = {
+    "bf16": {"precision": "bf16"},
+    "fp64": {"precision": "fp64"},
+    "contiguous": {"channels_last": False},
+    "accumulate": {"accumulate": 4},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "smoothing and mixup": {"label_smoothing": 0.1, "mixup": 0.2},
+    "ema": {"ema_decay": 0.8},
+    "warm-up": {"warmup_epochs": 1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_training_lowers_the_loss_with_every_option(options, tmp_path):
+    config = dataclasses.replace(SHORT, epochs=2, batch_size=128, **options)
     history = train(config, tmp_path / "run").read_history()
-    assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
     weights = repvgg.load(tmp_path / "run" / "last.safetensors").parameters()
-    assert {parameter.dtype for parameter in weights} == {torch.float32}
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    assert {parameter.dtype for parameter in weights} == {dtype}
 
 
 def test_the_plain_network_of_a_trained_one_agrees_on_every_test_image(finished):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from repvgg.branches import repvgg_block
 from repvgg.errors import InputError
 from repvgg.model import RepVGG, create_model
 from repvgg.reparam import reparameterize
-from repvgg.spec import Spec
+from repvgg.spec import Layer, Spec
 from repvgg.verification import verify
 
 SPEC = Spec((1, 2, 2), strides=(2, 2, 1), widths=(8, 8, 16))
@@ -165,6 +166,15 @@ def test_a_difference_behind_the_blocks_names_no_layer(network, images):
     plain = shifted(reparameterize(network), "classifier.bias")
     with pytest.raises(InputError, match=r"is needed$"):
         verify(network, plain, images, max_rel_error=1e-6)
+
+
+def test_a_later_layer_that_works_in_place_hides_no_difference(randomized, images):
+    block = randomized(repvgg_block(Layer(3, 3)).double())
+    block.activation = nn.Identity()
+    model = nn.Sequential(block, nn.Threshold(1e9, 0, inplace=True))
+    found = verify(model, shifted(reparameterize(model), "0.conv.bias"), images)
+    assert found.max_rel_error == 0
+    assert found.layer_errors["0"] > 1e-3
 
 
 def test_the_bound_itself_passes():

@@ -4,6 +4,7 @@ A command is a dataclass, whose fields are its flags, and a `run` that imports w
 then, so that `--help` answers at once. Wrong input ends in one line and exit code 2.
 """
 
+import json
 import os
 import sys
 import warnings
@@ -15,8 +16,9 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from repvgg.console import say, show_table, warn, with_bar
-from repvgg.errors import InputError
-from repvgg.training.config import RECIPES, Device, TrainConfig
+from repvgg.errors import InputError, Interrupted
+from repvgg.training.config import Device, TrainConfig
+from repvgg.training.recipes import RECIPES
 
 if TYPE_CHECKING:
     from repvgg.model import RepVGG
@@ -51,14 +53,34 @@ class Train:
     """Named config that the flags below change; `--recipe NAME --help` shows its values."""
     restart: bool = False
     """Throw away what an earlier run left in the folder, and begin anew."""
+    print_config: bool = False
+    """Show the whole config as JSON and do nothing."""
     config: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
     def run(self) -> None:
+        if self.print_config:
+            say(json.dumps(self.config.to_dict(), indent=2))
+            return
         from repvgg.training.loop import train
 
         folder = train(self.config, self.output, restart=self.restart)
+        if os.environ.get("RANK", "0") != "0":
+            return
         say(f"models: {folder.best} (best test accuracy), {folder.last}; history: {folder.path}")
         say(f"next: repvgg convert {folder.best} {folder.path / 'plain.safetensors'}")
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes of `train`."""
+
+    def run(self) -> None:
+        rows = []
+        for name, recipe in RECIPES.items():
+            config = recipe()
+            data = config.data or "--data DIR"
+            rows.append((name, config.model, data, config.epochs, recipe.__doc__))
+        show_table("recipes", ("name", "model", "data", "epochs", "what for"), rows)
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ class Evaluate:
     def run(self) -> None:
         from repvgg.data.images import open_images
         from repvgg.training.evaluation import evaluate, evaluation_loader, with_classes_of
-        from repvgg.training.loop import choose_device
+        from repvgg.training.setup import choose_device
 
         _need_positive("batch-size", self.batch_size)
         network = _load(self.model, self.name).to(choose_device(self.device))
@@ -150,7 +172,7 @@ class Predict:
     def run(self) -> None:
         from repvgg.data.images import find_images
         from repvgg.prediction import predict
-        from repvgg.training.loop import choose_device
+        from repvgg.training.setup import choose_device
 
         if not self.images:
             raise InputError("images: at least one image or folder is needed, found none")
@@ -238,6 +260,7 @@ class Export:
 COMMANDS: dict[str, type] = {
     "quickstart": Quickstart,
     "train": Train,
+    "recipes": Recipes,
     "evaluate": Evaluate,
     "convert": Convert,
     "predict": Predict,
@@ -331,8 +354,11 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         warn(f"repvgg: {error}")
         sys.exit(2)
+    except Interrupted as stop:
+        warn(f"repvgg: {stop}")
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        warn("repvgg: interrupted; the same `train` command goes on from the last whole epoch")
+        warn("repvgg: interrupted")
         sys.exit(130)
     except BrokenPipeError:  # as in `repvgg predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

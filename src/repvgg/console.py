@@ -42,7 +42,7 @@ def _is_figure(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[str], None]]:
+def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
     """A bar on the standard error, if that is a terminal; call what it gives after each step.
 
     The call's argument, a few words, stands behind the bar.
@@ -57,7 +57,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[str], None]
         transient=True,
         disable=not _error.is_terminal,
     ) as bars:
-        task = bars.add_task(description, total=total, note="")
+        task = bars.add_task(description, total=total, completed=done, note="")
         yield lambda note="": bars.update(task, advance=1, note=note)
 
 

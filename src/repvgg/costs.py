@@ -63,15 +63,15 @@ def cost(model: nn.Module, image_size: int | tuple[int, int] = 224, in_chans: in
     if min(height, width) < 1:
         raise InputError(f"image_size={image_size}: at least 1 pixel needed")
     image = torch.empty(1, getattr(model, "in_chans", in_chans), height, width, device="meta")
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     reference = next(model.parameters(), image)
-    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     modes = {module: module.training for module in model.modules()}
     counter = _Counter(model)
     try:
         model.eval()
         with torch.no_grad(), counter:
-            torch.func.functional_call(model, on_meta, (image.to(reference.dtype),))
+            torch.func.functional_call(
+                model, _on_meta(model), (image.to(reference.dtype),), tie_weights=False
+            )
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
@@ -81,6 +81,22 @@ def cost(model: nn.Module, image_size: int | tuple[int, int] = 224, in_chans: in
         for module, mode in modes.items():
             module.training = mode
     return counter.cost()
+
+
+def _on_meta(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer on the meta device, under one name for each module that has it.
+
+    Under one name only: `functional_call` puts back what it found under each name in turn, so a
+    module that is registered twice would keep its meta tensors.
+    """
+    return {
+        f"{prefix}.{name}".lstrip("."): tensor.detach().to("meta")
+        for prefix, module in model.named_modules()
+        for name, tensor in (
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        )
+    }
 
 
 class _Counter(TorchDispatchMode):

@@ -15,8 +15,8 @@ from repvgg.files import written_aside
 from repvgg.model import RepVGG
 from repvgg.reparam import convert
 from repvgg.timing import Times, time_in_turn
-from repvgg.training.config import digits
 from repvgg.training.loop import train
+from repvgg.training.recipes import digits
 from repvgg.verification import Agreement, compare_outputs, verify
 
 TIMED_BATCH = 64

@@ -120,6 +120,8 @@ def _wrapped_module(module: nn.Module) -> nn.Module | None:
 def _plain_of(block: MultiBranchBlock, name: str, memo: dict[int, Any]) -> nn.Sequential:
     """The convolution and activation that a block is equal to."""
     try:
+        if type(block).forward is not MultiBranchBlock.forward:
+            raise InputError(f"{type(block).__name__} has a `forward` of its own")
         kernel, bias = block.equivalent()
     except InputError as error:
         raise InputError(
@@ -228,7 +230,7 @@ def _adjacent_pairs(module: nn.Module, prefix: str) -> list[tuple[str, str]]:
             and _is_conv(module.get_submodule(conv))
             and len(conv_node.users) == 1
             and calls[conv] == calls[norm] == 1
-            and conv not in read  # its weight is not used elsewhere
+            and not {conv, norm} & read  # their weights are not used elsewhere
         ):
             pairs.append((prefix + conv, prefix + norm))
     return pairs

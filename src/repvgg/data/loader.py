@@ -5,6 +5,7 @@ after a stop sees what it would have seen.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +25,24 @@ WORTH_WORKERS = 5000
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (N, C, H, W) uint8, labels (N,) int64, and what could not be decoded and why."""
+    """What a process sees of a step.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        mix: (N,) fp32, the share that each image keeps when it is mixed with its neighbour.
+        broken: images that could not be decoded, and why.
+    """
 
     images: Tensor
     labels: Tensor
+    mix: Tensor
     broken: tuple[str, ...] = ()
 
     def pin_memory(self) -> "Batch":
         """Called by the loader where batches go to a GPU."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.broken)
+        images, labels, mix = (t.pin_memory() for t in (self.images, self.labels, self.mix))
+        return Batch(images, labels, mix, self.broken)
 
 
 def derived_seed(*numbers: int) -> int:
@@ -40,53 +50,70 @@ def derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+Sample = tuple[Tensor, int, float]
+
+
 class Samples(Dataset[Any]):
     """Transformed images; a key is (epoch, index)."""
 
-    def __init__(self, images: Images, transform: Transform, seed: int):
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images: Images, transform: Transform, seed: int, mixup: float = 0.0):
+        self.images, self.transform, self.seed, self.mixup = images, transform, seed, mixup
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | InputError:
-        """The image (C, H, W) and its label, or why it cannot be decoded."""
+    def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
+        """The image (C, H, W), its label and share of a mixture, or why it cannot be decoded."""
         epoch, index = key
         try:
             image = self.images.decode(index)
         except InputError as error:
             return error
+        share = 1.0
+        if self.mixup:
+            share = np.random.default_rng([self.seed, epoch, index]).beta(self.mixup, self.mixup)
         # torchvision's transforms draw from torch's global generator.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
-            return self.transform(image), self.images.labels[index]
+            return self.transform(image), self.images.labels[index], share
 
 
 class BatchSampler:
-    """The keys of `Samples` for each batch of a pass.
+    """The keys of `Samples` that one process gets of each batch of a pass.
 
-    Their order is a permutation that depends on (seed, epoch), or, without seed, that of the
-    source.
+    With a seed, for training: a permutation that depends on (seed, epoch) is cut into batches,
+    the same for any number of processes, and each process gets an equal part of each. Without, for
+    tests: each process gets every size-th image in its order, none of them twice.
 
     Attributes:
         epoch: set before each pass.
+        skip: batches to leave out at its begin, since they were seen before a stop.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int | None):
-        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
+    def __init__(
+        self, images: int, batch_size: int, seed: int | None, rank: int = 0, size: int = 1
+    ):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.size = rank, size
+        self.epoch = self.skip = 0
 
     def __len__(self) -> int:
+        if self.seed is None:
+            return -(-len(range(self.rank, self.images, self.size)) // self.batch_size)
         # In training a short last batch would weigh its images more, and its statistics are poor.
-        drops_last = self.seed is not None and self.size > self.batch_size
-        return self.size // self.batch_size if drops_last else -(-self.size // self.batch_size)
+        return max(1, self.images // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = range(self.size)
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
-        for batch in range(len(self)):
-            start = batch * self.batch_size
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+        if self.seed is None:
+            own = range(self.rank, self.images, self.size)
+            for start in range(0, len(own), self.batch_size):
+                yield [(self.epoch, index) for index in own[start : start + self.batch_size]]
+            return
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images).tolist()
+        for number in range(self.skip, len(self)):
+            batch = order[number * self.batch_size :][: self.batch_size]
+            share = len(batch) // self.size
+            yield [(self.epoch, i) for i in batch[self.rank * share :][:share]]
 
 
 class Loader:
@@ -95,10 +122,12 @@ class Loader:
     Args:
         images: the source.
         transform: image → (C, H, W) uint8.
-        batch_size: images a batch.
+        batch_size: images a batch; in training over all processes, else of each.
         seed: of order and augmentation; None keeps the order of the source and every last image.
+        mixup: alpha of the beta distribution of `Batch.mix`; 0 makes it all ones.
         workers: processes that decode; None chooses by the processors and the number of images.
         pin_memory: whether the batches go to a GPU.
+        rank, size: this training process, and how many there are.
     """
 
     def __init__(
@@ -108,33 +137,50 @@ class Loader:
         batch_size: int,
         *,
         seed: int | None = None,
+        mixup: float = 0.0,
         workers: int | None = None,
         pin_memory: bool = False,
+        rank: int = 0,
+        size: int = 1,
     ):
         if workers is None:
             workers = 0 if len(images) < WORTH_WORKERS else max(1, (os.cpu_count() or 2) - 1)
-        self.sampler = BatchSampler(len(images), batch_size, seed)
+        self.sampler = BatchSampler(len(images), batch_size, seed, rank, size)
         self._loader = DataLoader(
-            Samples(images, transform, seed or 0),
+            Samples(images, transform, seed or 0, mixup),
             batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # else it draws from the global one
         )
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
-        """The batches of one pass, which depend on the number of the pass if there is a seed."""
-        self.sampler.epoch = epoch
+    def epoch(self, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
+        """The batches of one pass, which depend on its number if there is a seed.
+
+        Args:
+            epoch: the number of the pass.
+            skip: batches to leave out at its begin.
+        """
+        self.sampler.epoch, self.sampler.skip = epoch, skip
         return iter(self._loader)
 
 
-def _collate(items: list[tuple[Tensor, int] | InputError]) -> Batch:
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the training process alone answers to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _collate(items: list[Sample | InputError]) -> Batch:
     good = [item for item in items if not isinstance(item, InputError)]
-    broken = tuple(str(item) for item in items if isinstance(item, InputError))
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return Batch(images, torch.tensor([label for _, label in good], dtype=torch.int64), broken)
+    return Batch(
+        images=torch.stack([image for image, _, _ in good]) if good else torch.empty(0),
+        labels=torch.tensor([label for _, label, _ in good], dtype=torch.int64),
+        mix=torch.tensor([share for _, _, share in good], dtype=torch.float32),
+        broken=tuple(str(item) for item in items if isinstance(item, InputError)),
+    )

@@ -34,14 +34,15 @@ def training_transform(preprocessing: Preprocessing, augmentation: Augmentation)
     Args:
         preprocessing: says the size and how to resize.
         augmentation: "crop-flip": a random part, of 8 to 100 % of the area, resized, and a flip
-            (paper, Sect. 4.1, as in the PyTorch example); "shift-flip": 1/8 of the size as
-            padding, a random crop, and a flip, the usual for CIFAR; "shift": the same without the
-            flip, for images whose sides have a meaning; "none".
+            (paper, Sect. 4.1, as in the PyTorch example); "autoaugment-crop-flip": the same and
+            then AutoAugment's policy for ImageNet (Sect. 4.1, heavyweight models); "shift-flip":
+            1/8 of the size as padding, a random crop, and a flip, the usual for CIFAR; "shift":
+            the same without the flip, for images whose sides have a meaning; "none".
     """
     size, interpolation = preprocessing.size, InterpolationMode(preprocessing.interpolation)
     if augmentation == "none":
         return evaluation_transform(preprocessing)
-    if augmentation == "crop-flip":
+    if augmentation.endswith("crop-flip"):
         steps: list[v2.Transform] = [v2.RandomResizedCrop(size, interpolation=interpolation)]
     else:
         steps = [
@@ -51,11 +52,16 @@ def training_transform(preprocessing: Preprocessing, augmentation: Augmentation)
         ]
     if augmentation.endswith("flip"):
         steps.append(v2.RandomHorizontalFlip())
+    if augmentation.startswith("autoaugment"):
+        steps.append(v2.AutoAugment(interpolation=interpolation))
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """A uint8 batch (N, C, H, W) → fp32, channels-last, with the mean and deviation taken out."""
+def normalize(
+    images: Tensor, preprocessing: Preprocessing, *, channels_last: bool = True
+) -> Tensor:
+    """A uint8 batch (N, C, H, W) → fp32, with the mean taken out and divided by the deviation."""
     constants = torch.tensor([preprocessing.mean, preprocessing.std]).to(images.device) * 255
     mean, std = constants[:, None, :, None, None]
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return ((images - mean) / std).contiguous(memory_format=layout)

@@ -1,17 +1,17 @@
-"""What a training run is: a complete, typed config, and the named recipes that give one.
+"""What a training run is: a complete, typed config.
 
 No heavy import stands here, so that the command line can show every field and its default at once.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from repvgg.errors import InputError
 
-Augmentation = Literal["crop-flip", "shift-flip", "shift", "none"]
-Precision = Literal["fp32", "bf16"]
+Augmentation = Literal["crop-flip", "autoaugment-crop-flip", "shift-flip", "shift", "none"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -21,54 +21,117 @@ class TrainConfig:
 
     Attributes:
         model: name of a network, with changed fields if need be: `repvgg_a0:a=0.5`.
+        pretrained: weights to begin with: a file, or `hub` for timm's published ones.
         data: folder with train/ and val/, each with a folder a class; `cifar10:DIR`; `digits`.
         epochs: passes over the training images.
-        batch_size: images a step.
-        learning_rate: at the start; it falls to 0 along half a cosine.
+        batch_size: images a step, over all processes.
+        learning_rate: the highest, for steps of base_batch_size images; it is scaled in
+            proportion to batch_size and falls to 0 along half a cosine.
+        base_batch_size: the batch_size that learning_rate is for.
+        warmup_epochs: over which the rate rises from 0 in proportion to the steps.
         momentum: of stochastic gradient descent.
         weight_decay: on the kernels of convolutions and linear layers only.
         augmentation: random changes of the training images.
-        precision: of the convolutions; weights, batch norms and loss are fp32 in either case.
+        label_smoothing: share of a label that is spread over all classes.
+        mixup: alpha of the beta distribution by which pairs of images are mixed; 0 for none.
+        ema_decay: a moving average of the weights with this decay a step is what is tested and
+            kept as model; 0 for none.
+        accumulate: parts in which a process computes its share of a step, to save memory.
+        precision: of the convolutions; weights, batch norms and loss are fp32 with bf16 and fp16
+            too. With fp64 everything is.
+        channels_last: memory layout of images and weights.
+        compile: whether `torch.compile` compiles the network.
+        gradient_checkpointing: recompute each stage in the backward pass, to save memory.
+        sync_bn: take batch statistics over all processes.
         image_size: side in pixels of the square that the network sees; the model's own if None.
         seed: of the initial weights, the order of the images and their augmentation.
-        workers: processes that decode images; chosen by the machine if None.
+        checkpoint_minutes: between whole states that are kept within an epoch.
+        kept_checkpoints: latest whole states that are kept.
+        workers: processes that decode images, each training process; chosen by the machine if
+            None.
         device: where to train; `auto` takes a GPU where there is one.
     """
 
     model: str = "repvgg_a0"
+    pretrained: str = ""
     data: str = ""
     epochs: int = 120
     batch_size: int = 256
     learning_rate: float = 0.1
+    base_batch_size: int = 256
+    warmup_epochs: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
     augmentation: Augmentation = "crop-flip"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    ema_decay: float = 0.0
+    accumulate: int = 1
     precision: Precision = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    sync_bn: bool = False
     image_size: int | None = None
     seed: int = 0
+    checkpoint_minutes: float = 10.0
+    kept_checkpoints: int = 3
     workers: int | None = None
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 2), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name}: {low} or more needed, found {getattr(self, name)}")
-        for name in ("learning_rate", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name}: 0 or more needed, found {getattr(self, name)}")
-        if self.workers is not None and self.workers < 0:
-            raise InputError(f"workers: 0 or more needed, found {self.workers}")
+        for name, low, high in BOUNDS:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                upper = f" to {high}" if high < UNBOUNDED else " or more"
+                raise InputError(f"{name}: {low}{upper} needed, found {value}")
+        for name, kind in (("augmentation", Augmentation), ("precision", Precision)):
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(
+                    f"{name}: one of {get_args(kind)} needed, found {getattr(self, name)!r}"
+                )
+        if self.batch_size < 2 * self.accumulate:
+            raise InputError(
+                f"accumulate: parts of 2 images or more needed, found {self.accumulate} parts of "
+                f"a batch_size of {self.batch_size}"
+            )
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        """The highest rate of the run: learning_rate in proportion to the batch."""
+        return self.learning_rate * self.batch_size / self.base_batch_size
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return dataclasses.asdict(self)
 
 
-# Fields that say where a run computes, not what; it may go on with others.
-PLACE_FIELDS = ("data", "workers", "device")
+UNBOUNDED = 1e300
+
+BOUNDS = (
+    ("epochs", 1, UNBOUNDED),
+    ("batch_size", 2, UNBOUNDED),
+    ("learning_rate", 0, UNBOUNDED),
+    ("base_batch_size", 1, UNBOUNDED),
+    ("warmup_epochs", 0, UNBOUNDED),
+    ("momentum", 0, 1),
+    ("weight_decay", 0, UNBOUNDED),
+    ("label_smoothing", 0, 0.99),
+    ("mixup", 0, UNBOUNDED),
+    ("ema_decay", 0, 0.999999),
+    ("accumulate", 1, UNBOUNDED),
+    ("image_size", 1, 16384),
+    ("seed", 0, UNBOUNDED),
+    ("checkpoint_minutes", 0, UNBOUNDED),
+    ("kept_checkpoints", 1, UNBOUNDED),
+    ("workers", 0, 1024),
+)
+
+# Fields that say where and how safely a run computes, not what; it may go on with others.
+PLACE_FIELDS = ("data", "workers", "device", "checkpoint_minutes", "kept_checkpoints")
 
 
-def changed_fields(config: TrainConfig, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_fields(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields in which a config says another run than an earlier one: name → (earlier, now)."""
     now = config.to_dict()
     return {
@@ -76,38 +139,3 @@ def changed_fields(config: TrainConfig, earlier: dict[str, Any]) -> dict[str, tu
         for name in sorted(now.keys() | earlier.keys())
         if name not in PLACE_FIELDS and earlier.get(name) != now.get(name)
     }
-
-
-def imagenet_120() -> TrainConfig:
-    """The paper's setting for lightweight and middleweight models (Sect. 4.1)."""
-    return TrainConfig()
-
-
-def cifar10() -> TrainConfig:
-    """A RepVGG for 32×32 images, in minutes."""
-    return TrainConfig(
-        model="repvgg_cifar",
-        epochs=10,
-        batch_size=128,
-        weight_decay=5e-4,
-        augmentation="shift-flip",
-    )
-
-
-def digits() -> TrainConfig:
-    """A RepVGG for the embedded 8×8 digits, in seconds."""
-    return TrainConfig(
-        model="repvgg_digits",
-        data="digits",
-        epochs=30,
-        batch_size=64,
-        weight_decay=5e-4,
-        augmentation="shift",
-    )
-
-
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "imagenet-120": imagenet_120,
-    "cifar10": cifar10,
-    "digits": digits,
-}

@@ -13,6 +13,7 @@ from repvgg.data.loader import Loader
 from repvgg.data.transforms import evaluation_transform, normalize
 from repvgg.errors import InputError
 from repvgg.model import RepVGG
+from repvgg.training.distributed import World
 from repvgg.verification import at_inference
 
 
@@ -23,7 +24,7 @@ class Evaluation:
     Attributes:
         top1, top5: share of images whose class is the first, or among the first five.
         loss: mean cross-entropy in nats.
-        predictions: (N,) int64, the first class of each image, in the order of the source.
+        predictions: (N,) int64, the first class of each image of this process, in their order.
     """
 
     top1: float
@@ -33,9 +34,20 @@ class Evaluation:
 
 
 def evaluation_loader(
-    network: RepVGG, images: Images, batch_size: int = 256, workers: int | None = None
+    network: RepVGG,
+    images: Images,
+    batch_size: int = 256,
+    workers: int | None = None,
+    world: World | None = None,
 ) -> Loader:
     """Batches of all images in their order, prepared as the network needs them.
+
+    Args:
+        network: says how.
+        images: of which each process of the world gets its part.
+        batch_size: images at a time in each process.
+        workers: processes that decode.
+        world: the processes that share the work; this one alone if not given.
 
     Raises:
         InputError: images of other channels than the network's.
@@ -44,9 +56,15 @@ def evaluation_loader(
         raise InputError(
             f"the images have {images.channels} channels, the network needs {network.in_chans}"
         )
-    transform = evaluation_transform(network.preprocessing)
-    on_gpu = next(network.parameters()).is_cuda
-    return Loader(images, transform, batch_size, workers=workers, pin_memory=on_gpu)
+    return Loader(
+        images,
+        evaluation_transform(network.preprocessing),
+        batch_size,
+        workers=workers,
+        pin_memory=next(network.parameters()).is_cuda,
+        rank=world.rank if world else 0,
+        size=world.size if world else 1,
+    )
 
 
 def with_classes_of(network: RepVGG, images: Images) -> tuple[Images, str]:
@@ -73,32 +91,36 @@ def with_classes_of(network: RepVGG, images: Images) -> tuple[Images, str]:
 
 
 @torch.inference_mode()
-def evaluate(network: RepVGG, loader: Loader, progress: Any = iter) -> Evaluation:
+def evaluate(
+    network: RepVGG, loader: Loader, progress: Any = iter, world: World | None = None
+) -> Evaluation:
     """Run the network at inference, whatever its mode, over an `evaluation_loader`.
 
     Args:
         network: training-time or plain.
         loader: whose labels are classes of the network, see `with_classes_of`.
         progress: wraps the iterator over the batches, to show how far it is.
+        world: the processes that share the images of the loader; all must call this.
 
     Raises:
         InputError: an image that cannot be decoded, since the result would be of other images.
     """
     like = next(network.parameters())
-    all_logits, all_labels = [], []
+    top1 = top5 = count = 0
+    loss, predictions = 0.0, []
     with at_inference(network):
         for batch in progress(loader.epoch()):
             if batch.broken:
                 raise InputError(batch.broken[0])
             images = normalize(batch.images.to(like.device), network.preprocessing).to(like.dtype)
-            all_logits.append(network(images).float().cpu())
-            all_labels.append(batch.labels)
-    logits, labels = torch.cat(all_logits), torch.cat(all_labels)
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return Evaluation(
-        top1=hits[:, 0].double().mean().item(),
-        top5=hits.any(1).double().mean().item(),
-        loss=F.cross_entropy(logits, labels).item(),
-        predictions=best[:, 0],
-    )
+            logits = network(images).double().cpu()
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = best == batch.labels[:, None]
+            top1 += int(hits[:, 0].sum())
+            top5 += int(hits.any(1).sum())
+            loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
+            count += len(batch.labels)
+            predictions.append(best[:, 0])
+    if world:
+        top1, top5, loss, count = world.sum(top1, top5, loss, count)
+    return Evaluation(top1 / count, top5 / count, loss / count, torch.cat(predictions))

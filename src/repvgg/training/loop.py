@@ -1,24 +1,34 @@
-"""The training loop: epochs of steps, each epoch's state kept, so that a stopped run goes on."""
+"""The training loop: epochs of steps, and whole states from which a stopped run goes on exactly.
 
+Every random choice of a step depends on (seed, epoch, step or sample) alone, so a run that was
+killed and goes on from its last state ends with the same bits as one that was not.
+"""
+
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from repvgg.checkpoint import save
 from repvgg.console import progress_bar, say, warn
-from repvgg.data.images import Images, open_images
-from repvgg.data.loader import Batch, Loader, derived_seed
-from repvgg.data.transforms import normalize, training_transform
-from repvgg.errors import InputError
-from repvgg.model import RepVGG, create_model
-from repvgg.preprocessing import Preprocessing
+from repvgg.data.loader import Batch, derived_seed
+from repvgg.data.transforms import normalize
+from repvgg.errors import InputError, Interrupted
+from repvgg.model import RepVGG
+from repvgg.training import setup
 from repvgg.training.config import TrainConfig
-from repvgg.training.evaluation import evaluate, evaluation_loader
-from repvgg.training.optimizer import build_optimizer, cosine_rate
+from repvgg.training.distributed import World, joined
+from repvgg.training.evaluation import evaluate
+from repvgg.training.optimizer import build_optimizer, learning_rate
 from repvgg.training.run_folder import RunFolder
 
 # One image in so many may be broken before the run stops.
@@ -27,37 +37,10 @@ BROKEN_ALLOWED_IN = 1000
 STEPS_BETWEEN_CHECKS = 20
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a config's `device`.
-
-    Raises:
-        InputError: a GPU is asked for where torch finds none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if name in found and not found[name]():
-        raise InputError(f"device={name}: torch finds no such device here")
-    return torch.device(name)
-
-
-def build_network(config: TrainConfig, images: Images) -> RepVGG:
-    """The untrained network of a config for these images; its weights depend on the seed alone."""
-    torch.manual_seed(derived_seed(config.seed))
-    preprocessing = None
-    if config.image_size is not None:
-        preprocessing = Preprocessing.for_channels(images.channels, config.image_size)
-    return create_model(
-        config.model,
-        num_classes=len(images.class_names),
-        in_chans=images.channels,
-        preprocessing=preprocessing,
-        class_names=images.class_names,
-    )
-
-
 def train(config: TrainConfig, output: Path, *, restart: bool = False) -> RunFolder:
     """Train a network, or go on where an earlier call with the same config stopped.
+
+    In each process that `torchrun` starts, this trains its part.
 
     Args:
         config: of the run.
@@ -67,47 +50,255 @@ def train(config: TrainConfig, output: Path, *, restart: bool = False) -> RunFol
     Raises:
         InputError: data or config that cannot be used, too many broken images, a loss that is no
             longer a number.
+        Interrupted: SIGINT or SIGTERM came; the state of that step is kept.
     """
-    return Run(config, output, restart=restart).finish()
+    with joined(setup.choose_device(config.device)) as world:
+        return Run(config, output, world, restart=restart).finish()
 
 
 class Run:
-    """A run: network, optimizer, data and history, at the end of some epoch.
+    """A run: network, optimizer, data and history, after some step of some epoch.
 
-    Args: see `train`.
+    Attributes:
+        epoch, step: the step that comes next; epochs count from 1, steps of an epoch from 0.
+        sums: (3,) of this epoch so far, in this process: loss, right first classes, images.
     """
 
-    def __init__(self, config: TrainConfig, output: Path, *, restart: bool = False):
-        if not config.data:
-            raise InputError("data: a folder of images is needed, found none given")
-        self.config = config
-        self.device = choose_device(config.device)
-        train_images = open_images(config.data, "train")
-        test_images = open_images(config.data, "test")
-        if train_images.class_names != test_images.class_names:
-            raise InputError(
-                f"{config.data}: the same classes to train and to test on are needed, found "
-                f"{_difference(train_images.class_names, test_images.class_names)} in one alone"
-            )
-        self.network = build_network(config, train_images)
-        self.network.to(self.device).to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.network, config)
-        self.loader = Loader(
-            train_images,
-            training_transform(self.network.preprocessing, config.augmentation),
-            config.batch_size,
-            seed=config.seed,
-            workers=config.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        self.test_loader = evaluation_loader(
-            self.network, test_images, config.batch_size, config.workers
-        )
-        self.broken_allowed = len(train_images) // BROKEN_ALLOWED_IN
+    def __init__(self, config: TrainConfig, output: Path, world: World, *, restart: bool = False):
+        self.config, self.world = config, world
+        train_images, test_images = setup.open_both_splits(config.data)
         self.images = len(train_images)
+        network = setup.build_network(config, train_images)
+        self.network = setup.on_device(network, config, world)
+        self.optimizer = build_optimizer(self.network, config)
+        self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
+            world.device.type, enabled=config.precision == "fp16"
+        )
+        self.average = None
+        if config.ema_decay:
+            average = get_ema_multi_avg_fn(config.ema_decay)
+            self.average = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+        self.loader = setup.training_loader(config, network, train_images, world)
+        self.test_loader = setup.test_loader(config, network, test_images, world)
         self.history: list[dict[str, float]] = []
-        self.folder = RunFolder(output, config, restart=restart)
+        self.epoch, self.step = 1, 0
+        dtype = next(network.parameters()).dtype
+        self.sums = torch.zeros(3, device=world.device, dtype=dtype)
+        self.bad_step = torch.full((), -1, device=world.device)
+        self.broken = 0
+        self.folder = RunFolder(output, config, restart=restart, writes=world.is_first)
+        world.any(False)  # no process reads the folder before the first has looked it over
         self._restore()
+        self.model = setup.for_steps(self.network, config, world)
+
+    @property
+    def result(self) -> RepVGG:
+        """The network that is tested and kept: the moving average, if there is one."""
+        return self.network if self.average is None else cast(RepVGG, self.average.module)
+
+    def finish(self) -> RunFolder:
+        """Train to the last epoch."""
+        self._announce()
+        with _signals() as self.received:
+            self.kept_at = time.monotonic()
+            while self.epoch <= self.config.epochs:
+                self._train_epoch()
+                self._end_epoch()
+        if self.world.is_first:
+            self.folder.draw_history(self.history)
+        return self.folder
+
+    def _announce(self) -> None:
+        config = self.config
+        if not self.world.is_first:
+            return
+        if (rate := config.scaled_learning_rate) != config.learning_rate:
+            say(
+                f"learning rate {config.learning_rate:g} × {config.batch_size} images a step / "
+                f"{config.base_batch_size} = {rate:g}"
+            )
+        if (self.epoch, self.step) != (1, 0):
+            say(f"going on at step {self.step} of epoch {self.epoch} of {config.epochs}")
+
+    # --- An epoch --------------------------------------------------------------------------------
+
+    def _train_epoch(self) -> None:
+        """The steps of this epoch that are still to be done."""
+        self.model.train()
+        self.started, done_before, note = time.monotonic(), self.step, ""
+        with self._bar() as show:
+            for batch in self.loader.epoch(self.epoch, skip=self.step):
+                self._account_for_broken(batch)
+                loss, right = self._step(batch)
+                count = len(batch.labels)
+                self.bad_step = torch.where(
+                    (self.bad_step < 0) & ~loss.isfinite(), self.step, self.bad_step
+                )
+                self.sums += torch.stack((loss * count, right, torch.full_like(loss, count)))
+                self.step += 1
+                if self.step % STEPS_BETWEEN_CHECKS == 0 or self.step == len(self.loader):
+                    self._check_finite()
+                    rate = (self.step - done_before) * self.config.batch_size / self._elapsed()
+                    note = f"loss {self.sums[0] / self.sums[2]:.3f}, {rate:.0f} images/s"
+                show(note)
+                self._stop_or_keep()
+        self.images_per_second = (
+            (self.step - done_before) * self.config.batch_size / self._elapsed()
+        )
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.started + 1e-9
+
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[str], None]]:
+        if not self.world.is_first:
+            yield lambda note: None
+            return
+        description = f"epoch {self.epoch}/{self.config.epochs}"
+        with progress_bar(description, len(self.loader), done=self.step) as show:
+            yield show
+
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer: this process's mean loss, and its right first classes."""
+        torch.manual_seed(  # for dropout
+            derived_seed(self.config.seed, self.epoch, self.step, self.world.rank)
+        )
+        rate = learning_rate(self.config, self.epoch - 1 + self.step / len(self.loader))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        tensors = (batch.images, batch.labels, batch.mix)
+        tensors = [tensor.to(self.world.device, non_blocking=True) for tensor in tensors]
+        parts = list(zip(*(t.chunk(self.config.accumulate) for t in tensors), strict=True))
+        losses, hits = [], []
+        for number, (images, labels, mix) in enumerate(parts, start=1):
+            share = len(labels) / len(batch.labels)
+            with self._gradients_kept_here(number < len(parts)):
+                loss, right = self._loss(images, labels, mix)
+                self.scaler.scale(loss * share).backward()
+            losses.append(loss.detach() * share)
+            hits.append(right)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return torch.stack(losses).sum(), torch.stack(hits).sum()
+
+    def _gradients_kept_here(self, kept: bool) -> Any:
+        """Whether the gradients wait for those of further parts before all processes share them."""
+        if kept and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _loss(self, images: Tensor, labels: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss of a part, and how many first classes are right (of the greater share)."""
+        config = self.config
+        x = normalize(images, self.network.preprocessing, channels_last=config.channels_last)
+        x = x.to(next(self.network.parameters()).dtype)
+        if config.mixup:
+            x = torch.lerp(x.roll(1, 0), x, mix.to(x.dtype)[:, None, None, None])
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.precision)
+        with torch.autocast(x.device.type, half, enabled=half is not None):
+            logits = self.model(x)
+        logits = logits.float() if half else logits
+        mix = mix.to(logits.dtype)
+        smoothing = config.label_smoothing
+        loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        if config.mixup:
+            other = labels.roll(1, 0)
+            of_other = F.cross_entropy(logits, other, reduction="none", label_smoothing=smoothing)
+            loss = torch.lerp(of_other, loss, mix)
+            labels = torch.where(mix >= 0.5, labels, other)
+        return loss.mean(), (logits.argmax(1) == labels).sum().to(loss.dtype)
+
+    def _end_epoch(self) -> None:
+        """Test, and write what the end of an epoch leaves."""
+        test = evaluate(self.result, self.test_loader, world=self.world)
+        loss, right, images = self.world.sum(*self.sums.tolist())
+        row = {
+            "epoch": self.epoch,
+            "train_loss": round(loss / images, 6),
+            "train_top1": round(right / images, 6),
+            "test_loss": round(test.loss, 6),
+            "test_top1": round(test.top1, 6),
+            "images_per_second": round(self.images_per_second, 1),
+            "seconds": round(self._elapsed(), 2),
+        }
+        self.history.append(row)
+        self.epoch, self.step, self.broken = self.epoch + 1, 0, 0
+        self.sums.zero_()
+        if not self.world.is_first:
+            return
+        say(
+            f"epoch {self.epoch - 1}/{self.config.epochs}: loss {row['train_loss']:.4f}, "
+            f"test loss {test.loss:.4f}, test top-1 {100 * test.top1:.2f} %, "
+            f"{self.images_per_second:.0f} images/s"
+        )
+        save(self.result, self.folder.last)
+        tops = [row["test_top1"] for row in self.history]
+        if tops[-1] == max(tops) or not self.folder.best.exists():
+            save(self.result, self.folder.best)
+        self.folder.write_history(self.history)
+        self.folder.log(row)
+        self._keep()
+
+    # --- What can go wrong -----------------------------------------------------------------------
+
+    def _account_for_broken(self, batch: Batch) -> None:
+        """Name the images that were left out; too many of them stop the run."""
+        for message in batch.broken:
+            self.broken += 1
+            if self.broken > self.images // BROKEN_ALLOWED_IN:
+                raise InputError(
+                    f"{message}; {self.broken} of {self.images} images are broken, more than 1 in "
+                    f"{BROKEN_ALLOWED_IN}"
+                )
+            warn(f"left out: {message}")
+
+    def _check_finite(self) -> None:
+        if (step := int(self.bad_step)) >= 0:
+            raise InputError(
+                f"the loss is no longer a number at step {step} of epoch {self.epoch}; a lower "
+                f"learning_rate than {self.config.learning_rate} may help; the states in "
+                f"{self.folder.path} are from before"
+            )
+
+    def _stop_or_keep(self) -> None:
+        """After a step: keep the state if it is time to, or if a signal came, and then stop."""
+        if self.world.any(bool(self.received)):
+            self._check_finite()
+            self._keep()
+            raise Interrupted(
+                f"stopped at step {self.step} of epoch {self.epoch}; the same command goes on "
+                "from there",
+                next(iter(self.received), signal.SIGTERM),
+            )
+        if time.monotonic() - self.kept_at >= 60 * self.config.checkpoint_minutes:
+            self._check_finite()
+            self._keep()
+
+    # --- States ----------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """Write the whole state, in the first process."""
+        self.kept_at = time.monotonic()
+        if not self.world.is_first:
+            return
+        state: dict[str, Any] = {
+            "network": self.network.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": self.history,
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "broken": self.broken,
+            "images": self.images,
+            "classes": self._classes(),
+            "config": self.config.to_dict(),
+        }
+        self.folder.save_state((self.epoch - 1) * len(self.loader) + self.step, state)
 
     def _restore(self) -> None:
         state = self.folder.load_state()
@@ -119,115 +310,30 @@ class Run:
                 f"{len(state['classes'])} classes, found {self.images} of {len(self._classes())}"
             )
         self.network.load_state_dict(state["network"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.history = state["history"]
-        say(f"going on after epoch {len(self.history)} of {self.config.epochs}")
+        self.scaler.load_state_dict(state["scaler"])
+        self.history, self.epoch, self.step = state["history"], state["epoch"], state["step"]
+        self.broken = state["broken"]
+        if self.world.is_first:  # the sums so far are of this process alone
+            self.sums.copy_(state["sums"])
 
     def _classes(self) -> list[str]:
         return list(self.network.class_names or ())
 
-    def finish(self) -> RunFolder:
-        """Train to the last epoch."""
-        for epoch in range(len(self.history) + 1, self.config.epochs + 1):
-            self.history.append(self._epoch(epoch))
-            self._keep(epoch)
-        self.folder.draw_history(self.history)
-        return self.folder
 
-    def _epoch(self, epoch: int) -> dict[str, float]:
-        """Train and test once; the row for the history."""
-        torch.manual_seed(derived_seed(self.config.seed, epoch))  # for dropout
-        started = time.perf_counter()
-        description = f"epoch {epoch}/{self.config.epochs}"
-        with progress_bar(description, len(self.loader)) as show:
-            loss, top1, images = self._train_epoch(epoch, show)
-        seconds = time.perf_counter() - started
-        test = evaluate(self.network, self.test_loader)
-        row = {
-            "epoch": epoch,
-            "train_loss": round(loss, 5),
-            "train_top1": round(top1, 5),
-            "test_loss": round(test.loss, 5),
-            "test_top1": round(test.top1, 5),
-            "images_per_second": round(images / seconds, 1),
-            "seconds": round(time.perf_counter() - started, 2),
-        }
-        say(
-            f"{description}: loss {loss:.4f}, test loss {test.loss:.4f}, "
-            f"test top-1 {100 * test.top1:.2f} %, {images / seconds:.0f} images/s"
-        )
-        return row
-
-    def _train_epoch(self, epoch: int, show: Callable[[str], None]) -> tuple[float, float, int]:
-        """All steps of an epoch: mean loss, share of right first classes, number of images."""
-        self.network.train()
-        total, hits = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        images, broken, started, note = 0, [], time.perf_counter(), ""
-        for step, batch in enumerate(self.loader.epoch(epoch)):
-            broken += self._account_for_broken(batch, len(broken))
-            progress = (epoch - 1 + step / len(self.loader)) / self.config.epochs
-            loss, right = self._step(batch, cosine_rate(progress, self.config.learning_rate))
-            images += len(batch.labels)
-            total += loss * len(batch.labels)
-            hits += right
-            if step % STEPS_BETWEEN_CHECKS == 0 or step + 1 == len(self.loader):
-                self._check_finite(total, epoch, step)
-                rate = images / (time.perf_counter() - started)
-                note = f"loss {total.item() / images:.3f}, {rate:.0f} images/s"
-            show(note)
-        return total.item() / images, hits.item() / images, images
-
-    def _step(self, batch: Batch, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step of the optimizer: the mean loss, and the number of right first classes."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        labels = batch.labels.to(self.device, non_blocking=True)
-        images = batch.images.to(self.device, non_blocking=True)
-        images = normalize(images, self.network.preprocessing)
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            logits = self.network(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach(), (logits.argmax(1) == labels).sum()
-
-    def _account_for_broken(self, batch: Batch, so_far: int) -> tuple[str, ...]:
-        """Name the images that were left out; too many of them stop the run."""
-        for number, message in enumerate(batch.broken, start=so_far + 1):
-            if number > self.broken_allowed:
-                raise InputError(
-                    f"{message}; {number} of {self.images} images are broken, more than 1 in "
-                    f"{BROKEN_ALLOWED_IN}"
-                )
-            warn(f"left out: {message}")
-        return batch.broken
-
-    def _check_finite(self, total: torch.Tensor, epoch: int, step: int) -> None:
-        if not torch.isfinite(total):
-            raise InputError(
-                f"the loss is no longer a number at step {step} of epoch {epoch} (or up to "
-                f"{STEPS_BETWEEN_CHECKS} before); a lower learning_rate may help, "
-                f"{self.config.learning_rate} was given"
-            )
-
-    def _keep(self, epoch: int) -> None:
-        """Write what the end of an epoch leaves."""
-        save(self.network, self.folder.last)
-        tops = [row["test_top1"] for row in self.history]
-        if tops[-1] == max(tops) or not self.folder.best.exists():
-            save(self.network, self.folder.best)
-        self.folder.write_history(self.history)
-        state: dict[str, Any] = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "history": self.history,
-            "images": self.images,
-            "classes": self._classes(),
-        }
-        self.folder.save_state(epoch, state)
-
-
-def _difference(one: tuple[str, ...], other: tuple[str, ...]) -> str:
-    return ", ".join(sorted(set(one) ^ set(other))[:5])
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The SIGINT and SIGTERM that come meanwhile, which then do not end the process at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    earlier = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, earlier, strict=True):
+            signal.signal(number, handler)

@@ -21,11 +21,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ],
-        lr=config.learning_rate,
+        lr=config.scaled_learning_rate,
         momentum=config.momentum,
     )
 
 
-def cosine_rate(progress: float, initial: float) -> float:
-    """The learning rate when a share `progress`, 0 to 1, of all steps is done; 0 at the end."""
-    return initial * (1 + math.cos(math.pi * progress)) / 2
+def learning_rate(config: TrainConfig, epochs_done: float) -> float:
+    """The rate of the step that begins after so many epochs, whole ones and parts.
+
+    It rises in proportion over the warm-up, and falls along half a cosine to 0 over the rest.
+    """
+    if epochs_done < config.warmup_epochs:
+        return config.scaled_learning_rate * epochs_done / config.warmup_epochs
+    falling = max(config.epochs - config.warmup_epochs, 1e-12)
+    progress = min(1.0, (epochs_done - config.warmup_epochs) / falling)
+    return config.scaled_learning_rate * (1 + math.cos(math.pi * progress)) / 2

@@ -1,7 +1,8 @@
 """The folder of a run: its config, history, whole states to go on from, and models.
 
-`config.json`, `history.csv`, `history.png`, `last.safetensors`, `best.safetensors`, and in
-`checkpoints/` the states after the latest epochs. Each file is whole at every moment.
+`config.json`, `history.csv`, `history.png`, `last.safetensors`, `best.safetensors`, in
+`checkpoints/` the latest whole states, and in `tensorboard/` the history once more, for it to
+show. Each file but those of TensorBoard is whole at every moment.
 """
 
 import csv
@@ -17,7 +18,6 @@ from repvgg.errors import InputError
 from repvgg.files import written_aside
 from repvgg.training.config import TrainConfig, changed_fields
 
-KEPT_STATES = 2
 NAMES = ("config.json", "history.csv", "history.png", "last.safetensors", "best.safetensors")
 
 
@@ -28,28 +28,39 @@ class RunFolder:
         path: the folder; it is made if need be.
         config: of the run.
         restart: throw away what an earlier run left there.
+        writes: whether this is the process that writes; the others read only.
 
     Raises:
         InputError: the folder holds a run of another config, or other files and no run.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, *, restart: bool = False):
-        self.path = path
+    def __init__(
+        self, path: Path, config: TrainConfig, *, restart: bool = False, writes: bool = True
+    ):
+        self.path, self._kept, self._writes = path, config.kept_checkpoints, writes
         self.last, self.best = path / "last.safetensors", path / "best.safetensors"
-        self._states = path / "checkpoints"
+        self._states, self._logs = path / "checkpoints", path / "tensorboard"
+        self._log: Any = None
+        if not writes:
+            return
         if restart:
             self._remove_run()
         if (path / "config.json").exists():
             self._refuse_other_config(config)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path}: an empty folder or one of a run is needed, found neither")
+        for left_over in self._states.glob(".*.tmp.pt"):  # by a run that was killed in writing
+            left_over.unlink()
         with written_aside(path / "config.json") as aside:
             aside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
     def _remove_run(self) -> None:
-        for name in NAMES if (self.path / "config.json").exists() else ():
+        if not (self.path / "config.json").exists():
+            return
+        for name in NAMES:
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self._states, ignore_errors=True)
+        for folder in (self._states, self._logs):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _refuse_other_config(self, config: TrainConfig) -> None:
         try:
@@ -63,11 +74,11 @@ class RunFolder:
                 "give another --output, the same config, or --restart"
             )
 
-    def save_state(self, epoch: int, state: dict[str, Any]) -> None:
-        """Write the whole state after an epoch, and remove the oldest beyond `KEPT_STATES`."""
-        with written_aside(self._states / f"epoch-{epoch:05d}.pt") as aside:
+    def save_state(self, steps: int, state: dict[str, Any]) -> None:
+        """Write the whole state after so many steps, and remove the oldest beyond those kept."""
+        with written_aside(self._states / f"step-{steps:09d}.pt") as aside:
             torch.save(state, aside)
-        for path in self._state_paths()[:-KEPT_STATES]:
+        for path in self._state_paths()[: -self._kept]:
             path.unlink()
 
     def load_state(self) -> dict[str, Any] | None:
@@ -76,11 +87,12 @@ class RunFolder:
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # a damaged pickle can raise anything
-                warn(f"{path}: cannot be read, going on from the one before ({error})")
+                if self._writes:
+                    warn(f"{path}: cannot be read, going on from the one before ({error})")
         return None
 
     def _state_paths(self) -> list[Path]:
-        return sorted(self._states.glob("epoch-*.pt"))
+        return sorted(self._states.glob("step-*.pt"))
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
         """One row an epoch as CSV."""
@@ -91,6 +103,18 @@ class RunFolder:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Add a row of the history to the log that TensorBoard shows."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._log is None:
+            # What an earlier process logged of this epoch or later did not last.
+            self._log = SummaryWriter(str(self._logs), purge_step=int(row["epoch"]))
+        for name, value in row.items():
+            if name != "epoch":
+                self._log.add_scalar(name.replace("_", "/", 1), value, int(row["epoch"]))
+        self._log.flush()
 
     def read_history(self) -> list[dict[str, float]]:
         """What `write_history` wrote."""

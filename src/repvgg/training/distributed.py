@@ -1,0 +1,128 @@
+"""One process or many, started by `torchrun`: who this one is, sums over all, batch statistics.
+
+Everything works alike in one process without any set-up: its world is of size 1.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together.
+
+    Attributes:
+        rank: 0 to size − 1; rank 0 alone writes.
+        size: number of processes.
+        device: where this one computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all processes, in fp64; every process must call it."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process; every process must call it."""
+        return self.sum(float(flag))[0] > 0
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """Join the processes that `torchrun` started, if it started this one; leave them at the end.
+
+    NCCL on GPUs, one GPU a process; Gloo on CPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose batch is that of all processes, on any device.
+
+    torch's own `SyncBatchNorm` does not run on CPUs. Same state dict as `nn.BatchNorm2d`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        count = x.new_full((1,), x.numel() / x.shape[1])
+        sums = _SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), count]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centred = x - mean[:, None, None]
+        # A second sum, of what is centred: the difference of two large sums would lose digits.
+        var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
+        self._update(mean.detach(), var.detach() * count / (count - 1).clamp(min=1))
+        scale = torch.rsqrt(var + self.eps)
+        result = centred * (scale * self.weight)[:, None, None] + self.bias[:, None, None]
+        return result.to(input.dtype)
+
+    def _update(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.momentum is None:
+            return
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+
+
+def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norms whose batch is that of all processes, made in place.
+
+    On a GPU they are torch's own, which are fused.
+    """
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d
+    return model

@@ -1,0 +1,165 @@
+"""What a config turns into before the first step: device, network, loaders."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from repvgg.checkpoint import load_weights
+from repvgg.data.images import Images, open_images
+from repvgg.data.loader import Loader, derived_seed
+from repvgg.data.transforms import training_transform
+from repvgg.errors import InputError
+from repvgg.model import RepVGG, create_model
+from repvgg.preprocessing import Preprocessing
+from repvgg.training.config import TrainConfig
+from repvgg.training.distributed import World, synchronized
+from repvgg.training.evaluation import evaluation_loader
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a config's `device`.
+
+    Raises:
+        InputError: a GPU is asked for where torch finds none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name in found and not found[name]():
+        raise InputError(f"device={name}: torch finds no such device here")
+    return torch.device(name)
+
+
+def open_both_splits(data: str) -> tuple[Images, Images]:
+    """The images to train on and those to test on.
+
+    Raises:
+        InputError: a source that cannot be used, or other classes in one split than in the other.
+    """
+    if not data:
+        raise InputError("data: a folder of images is needed, found none given")
+    train, test = open_images(data, "train"), open_images(data, "test")
+    if train.class_names != test.class_names:
+        different = sorted(set(train.class_names) ^ set(test.class_names))
+        raise InputError(
+            f"{data}: the same classes to train and to test on are needed, found "
+            f"{', '.join(different[:5])} in one alone"
+        )
+    return train, test
+
+
+def build_network(config: TrainConfig, images: Images) -> RepVGG:
+    """The network of a config for these images, before the first step.
+
+    Its weights depend on the seed alone, or are those of `pretrained`.
+
+    Raises:
+        InputError: an unknown network, or weights that are not its.
+    """
+    torch.manual_seed(derived_seed(config.seed))
+    preprocessing = None
+    if config.image_size is not None:
+        preprocessing = Preprocessing.for_channels(images.channels, config.image_size)
+    network = create_model(
+        config.model,
+        pretrained=config.pretrained == "hub",
+        num_classes=len(images.class_names),
+        in_chans=images.channels,
+        preprocessing=preprocessing,
+    )
+    if config.pretrained not in ("", "hub"):
+        load_weights(network, config.pretrained)
+    network.set_class_names(images.class_names)
+    return network
+
+
+def training_loader(config: TrainConfig, network: RepVGG, images: Images, world: World) -> Loader:
+    """This process's part of the batches of a config."""
+    return Loader(
+        images,
+        training_transform(network.preprocessing, config.augmentation),
+        config.batch_size,
+        seed=config.seed,
+        mixup=config.mixup,
+        workers=config.workers,
+        pin_memory=world.device.type == "cuda",
+        rank=world.rank,
+        size=world.size,
+    )
+
+
+def test_loader(config: TrainConfig, network: RepVGG, images: Images, world: World) -> Loader:
+    """This process's part of the images to test on."""
+    batch_size = -(-config.batch_size // world.size)
+    return evaluation_loader(network, images, batch_size, config.workers, world)
+
+
+def on_device(network: RepVGG, config: TrainConfig, world: World) -> RepVGG:
+    """Move a network to where it trains, in the layout and with the batch norms of the config.
+
+    Raises:
+        InputError: a batch that the processes cannot share evenly.
+    """
+    if config.batch_size % (world.size * config.accumulate):
+        raise InputError(
+            f"batch_size: a multiple of {world.size} processes × accumulate {config.accumulate} "
+            f"needed, found {config.batch_size}"
+        )
+    network.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if config.sync_bn and world.size > 1:
+        synchronized(network, world.device)
+    return network
+
+
+def for_steps(network: RepVGG, config: TrainConfig, world: World) -> nn.Module:
+    """What the steps of the optimizer run: the network, wrapped as the config and world need."""
+    if config.gradient_checkpointing:
+        for stage in network.stages:
+            stage.forward = partial(_recomputed, stage, stage.forward)
+    if config.compile:
+        network.compile()
+    if world.size == 1:
+        return network
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices)
+
+
+def _recomputed(stage: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A stage whose activations are computed again in the backward pass, in place of kept."""
+    if not torch.is_grad_enabled():
+        return forward(x)
+    # The first stage's input, the image, needs no gradient, which the recomputation bears.
+    return checkpoint(
+        forward, x, use_reentrant=False, context_fn=lambda: (_Nothing(), _FrozenStatistics(stage))
+    )  # pyright: ignore[reportReturnType]
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _FrozenStatistics:
+    """Running statistics that stay as they are, since the first computation has moved them."""
+
+    def __init__(self, stage: nn.Module):
+        self.norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.before = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.0
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked = norm.num_batches_tracked.clone()
+
+    def __exit__(self, *_: object) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked = count
