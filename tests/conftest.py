@@ -1,7 +1,8 @@
-"""For several test files: Eq. 1–4 of the paper as plain NumPy loops, errors and random models."""
+"""For several test files: Eq. 1–4 of the paper as NumPy loops, random models, images, shards."""
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported. Its threads otherwise spin while they wait for one another, which on a
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from repvgg.data.pack import Pack
+from shard_files import jpeg
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +85,25 @@ def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
         return difference / expected.abs().max().item() if difference else 0.0
 
     return error
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 JPEG files to train on and 10 to test on, each of 75 kB, in two classes."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 30), ("val", 5)):
+        for label, name in enumerate(("ant", "bée")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                ending = ("jpg", "JPEG", "jpeg")[index % 3]
+                path = root / split / name / f"{name}.{index} {label}.{ending}"
+                path.write_bytes(jpeg(1000 * label + index, (400, 300)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def packed(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as shards of at most 1 MB."""
+    output = tmp_path_factory.mktemp("shards")
+    Pack(image_folder, output, shard_megabytes=1).run()
+    return output

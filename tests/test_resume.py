@@ -76,7 +76,7 @@ def between_epochs(output):
 
 def stop_when(process, condition, output):
     """Freeze the process at a moment at which the condition holds."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, "the run ended before the moment came"
         if condition(output):
@@ -110,11 +110,11 @@ def test_a_run_that_is_asked_to_stop_keeps_that_very_step(number, never_killed, 
     process = subprocess.Popen(
         arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (output / "history.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert "the same command goes on from there" in said
     assert max(steps_kept(output)) > STEPS
@@ -131,14 +131,14 @@ def test_a_killed_worker_of_torchrun_comes_back_by_itself(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as launcher:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not any(step > STEPS for step in steps_kept(output)):
             assert time.monotonic() < deadline
             assert launcher.poll() is None
             time.sleep(0.02)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        assert launcher.wait(timeout=180) == 0
+        assert launcher.wait(timeout=300) == 0
     assert_same_bits(weights(tmp_path / "whole"), output)
 
 

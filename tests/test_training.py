@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,8 @@ from torch import nn
 import repvgg
 from repvgg.data.images import open_images
 from repvgg.errors import InputError
-from repvgg.training.config import TrainConfig
+from repvgg.lean import IMPLEMENTATIONS
+from repvgg.training.config import Implementation, TrainConfig
 from repvgg.training.distributed import World
 from repvgg.training.evaluation import evaluate, evaluation_loader, with_classes_of
 from repvgg.training.loop import Run, train
@@ -293,6 +294,7 @@ OPTIONS = {
     "smoothing and mixup": {"label_smoothing": 0.1, "mixup": 0.2},
     "ema": {"ema_decay": 0.8},
     "warm-up": {"warmup_epochs": 1},
+    "recomputed": {"implementation": "recompute_all"},
 }
 
 
@@ -313,3 +315,28 @@ def test_the_plain_network_of_a_trained_one_agrees_on_every_test_image(finished)
     before, after = evaluate(network, loader), evaluate(plain, loader)
     assert torch.equal(before.predictions, after.predictions)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules()) == 0
+
+
+def test_the_implementations_are_those_there_are():
+    assert set(get_args(Implementation)) == set(IMPLEMENTATIONS)
+
+
+def weights_after(tmp_path, name, **options):
+    config = dataclasses.replace(SHORT, epochs=1, precision="fp64", **options)
+    return repvgg.load(train(config, tmp_path / name).last).state_dict()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"implementation": "branches"},
+        {"implementation": "merged"},
+        {"channels_last": False},
+    ],
+    ids=str,
+)
+def test_what_saves_time_or_memory_changes_no_result(options, tmp_path):
+    expected, found = weights_after(tmp_path, "usual"), weights_after(tmp_path, "other", **options)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-10)

@@ -7,7 +7,7 @@ Axes: N images, C channels, H and W; O output channels, I input channels of one 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -100,6 +100,10 @@ class IdentityBN(Branch):
         return pad_to_3x3(kernel), bias
 
 
+# Another way to compute what a block does in training; None where it cannot (see lean.py).
+Implementation = Callable[["MultiBranchBlock", Tensor], Tensor | None]
+
+
 class MultiBranchBlock(nn.Module):
     """The sum of branches, then an activation; equal at inference to one 3×3 convolution and it.
 
@@ -111,6 +115,8 @@ class MultiBranchBlock(nn.Module):
     Raises:
         InputError: no branch.
     """
+
+    implementation: Implementation | None = None  # set by `repvgg.lean.use_implementation`
 
     def __init__(
         self, layer: Layer, branches: Mapping[str, Branch], activation: nn.Module | None = None
@@ -124,6 +130,10 @@ class MultiBranchBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, O, ⌈H/s⌉, ⌈W/s⌉)."""
+        if self.training and self.implementation is not None:
+            result = self.implementation(self, x)
+            if result is not None:
+                return result
         first, *others = self.branches.values()
         total = first(x)
         for branch in others:
@@ -143,11 +153,19 @@ class MultiBranchBlock(nn.Module):
 
 
 def repvgg_block(layer: Layer) -> MultiBranchBlock:
-    """The block of Sect. 3.2: 3×3-BN + 1×1-BN + identity-BN (where shapes match), then ReLU."""
+    """The block of Sect. 3.2: 3×3-BN + 1×1-BN + identity-BN (where shapes match), then ReLU.
+
+    In training it computes in the form that is fastest on the device; see
+    `repvgg.lean.use_implementation`.
+    """
+    from repvgg.lean import auto  # which imports this module
+
     branches: dict[str, Branch] = {
         "conv3x3": ConvBN(layer, (3, 3)),
         "conv1x1": ConvBN(layer, (1, 1)),
     }
     if layer.keeps_shape:
         branches["identity"] = IdentityBN(layer)
-    return MultiBranchBlock(layer, branches)
+    block = MultiBranchBlock(layer, branches)
+    block.implementation = auto
+    return block

@@ -1,10 +1,10 @@
-"""Sources of labelled images: a folder of class folders, CIFAR-10, the digits of scikit-learn."""
+"""Sources of labelled images: folders, tar shards, CIFAR-10, the digits of scikit-learn."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,6 +28,8 @@ class Images:
         class_names: in the order of the labels.
         channels: 1 or 3.
         decode: index → 8-bit image of mode L or RGB; it travels to worker processes.
+        groups: ranges of indices, of images that must be fetched together before one of them is
+            decoded; empty where all are at hand. See `epoch_order`.
     """
 
     names: Sequence[str]
@@ -35,6 +37,7 @@ class Images:
     class_names: tuple[str, ...]
     channels: int
     decode: Callable[[int], Image.Image]
+    groups: tuple[range, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,25 +48,30 @@ def open_images(source: str, split: Split) -> Images:
 
     Args:
         source: a folder with `train/` and `val/` (or `test/`) in it, each with a folder a class,
-            or a folder of class folders itself, which serves as either split; `digits` for the
+            or a folder of class folders itself, which serves as either split; a folder that
+            `repvgg pack` made; `shards:WHERE` for tar shards, see `open_shards`; `digits` for the
             8×8 digits of scikit-learn; `cifar10:DIR` for CIFAR-10, downloaded into DIR if need be.
         split: which part.
 
     Raises:
         InputError: no such folder, or one without images in every class folder.
     """
+    from repvgg.data.shards import is_packed, open_shards
+
     if source == "digits":
         return _digits(split)
     kind, colon, folder = source.partition(":")
     if kind == "cifar10" and colon:
         return _cifar10(folder, split)
+    if kind == "shards" and colon:
+        return open_shards(folder, split)
+    if is_packed(Path(source)):
+        return open_shards(source, split)
     return folder_images(_split_folder(Path(source), split))
 
 
 def _split_folder(root: Path, split: Split) -> Path:
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
-        raise InputError(f"{root}: a folder of images is needed, found {found}")
+    _require_folder(root)
     has_train = (root / "train").is_dir()
     if not has_train and (split == "train" or not _test_folder(root)):
         return root
@@ -73,6 +81,24 @@ def _split_folder(root: Path, split: Split) -> Path:
     if folder is None:
         raise InputError(f"{root}: a folder {' or '.join(TEST_FOLDERS)} beside train is needed")
     return folder
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The parts of a folder of images that are there: `train` and `val`, or else `images` alone.
+
+    Raises:
+        InputError: no such folder.
+    """
+    _require_folder(root)
+    parts = {"train": root / "train", "val": _test_folder(root)}
+    found = {name: path for name, path in parts.items() if path and path.is_dir()}
+    return found or {"images": root}
+
+
+def _require_folder(root: Path) -> None:
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise InputError(f"{root}: a folder of images is needed, found {found}")
 
 
 def _test_folder(root: Path) -> Path | None:
@@ -174,8 +200,13 @@ def _is_image(path: str) -> bool:
     return path.lower().endswith(EXTENSIONS)
 
 
-def decode_image(path: str | Path, channels: int) -> Image.Image:
+def decode_image(path: str | Path, channels: int, content: BinaryIO | None = None) -> Image.Image:
     """An image file as 8-bit RGB or grey, turned as its EXIF orientation says.
+
+    Args:
+        path: of the file.
+        channels: 3 or 1.
+        content: the file, if it is open; the path then only names it in messages.
 
     Raises:
         InputError: the file cannot be read or decoded, has more pixels than any honest image
@@ -184,7 +215,7 @@ def decode_image(path: str | Path, channels: int) -> Image.Image:
     if channels not in (1, 3):
         raise InputError(f"images have 1 or 3 channels, the network needs {channels}")
     try:
-        with Image.open(path) as image:
+        with Image.open(content or path) as image:
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"{path}: 8 bits a channel needed, found mode {image.mode}")
             return ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")

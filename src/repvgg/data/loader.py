@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from repvgg.data.images import Images
+from repvgg.data.order import epoch_order
 from repvgg.data.transforms import Transform
 from repvgg.errors import InputError
 
@@ -81,8 +82,7 @@ class Samples(Dataset[Any]):
 class BatchSampler:
     """The keys of `Samples` that one process gets of each batch of a pass.
 
-    With a seed, for training: a permutation that depends on (seed, epoch) is cut into batches,
-    the same for any number of processes, and each process gets an equal part of each. Without, for
+    With a seed, for training: the order of `epoch_order` is cut into batches, the same for any number of processes, and each process gets an equal part of each. Without, for
     tests: each process gets every size-th image in its order, none of them twice.
 
     Attributes:
@@ -91,7 +91,7 @@ class BatchSampler:
     """
 
     def __init__(
-        self, images: int, batch_size: int, seed: int | None, rank: int = 0, size: int = 1
+        self, images: Images, batch_size: int, seed: int | None, rank: int = 0, size: int = 1
     ):
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.size = rank, size
@@ -99,21 +99,22 @@ class BatchSampler:
 
     def __len__(self) -> int:
         if self.seed is None:
-            return -(-len(range(self.rank, self.images, self.size)) // self.batch_size)
+            return -(-len(range(self.rank, len(self.images), self.size)) // self.batch_size)
         # In training a short last batch would weigh its images more, and its statistics are poor.
-        return max(1, self.images // self.batch_size)
+        return max(1, len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if self.seed is None:
-            own = range(self.rank, self.images, self.size)
+            own = range(self.rank, len(self.images), self.size)
             for start in range(0, len(own), self.batch_size):
                 yield [(self.epoch, index) for index in own[start : start + self.batch_size]]
             return
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images).tolist()
+        order = epoch_order(self.images, self.seed, self.epoch)
         for number in range(self.skip, len(self)):
-            batch = order[number * self.batch_size :][: self.batch_size]
-            share = len(batch) // self.size
-            yield [(self.epoch, i) for i in batch[self.rank * share :][:share]]
+            start = number * self.batch_size
+            share = min(self.batch_size, len(order) - start) // self.size
+            start += self.rank * share
+            yield [(self.epoch, index) for index in order[start : start + share]]
 
 
 class Loader:
@@ -145,7 +146,7 @@ class Loader:
     ):
         if workers is None:
             workers = 0 if len(images) < WORTH_WORKERS else max(1, (os.cpu_count() or 2) - 1)
-        self.sampler = BatchSampler(len(images), batch_size, seed, rank, size)
+        self.sampler = BatchSampler(images, batch_size, seed, rank, size)
         self._loader = DataLoader(
             Samples(images, transform, seed or 0, mixup),
             batch_sampler=self.sampler,

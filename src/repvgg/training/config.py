@@ -12,6 +12,7 @@ from repvgg.errors import InputError
 
 Augmentation = Literal["crop-flip", "autoaugment-crop-flip", "shift-flip", "shift", "none"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+Implementation = Literal["auto", "branches", "fused", "recompute_1x1", "recompute_all", "merged"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -41,6 +42,8 @@ class TrainConfig:
             too. With fp64 everything is.
         channels_last: memory layout of images and weights.
         compile: whether `torch.compile` compiles the network.
+        implementation: way through the training-time block, all of the same result; they differ in
+            time and memory (docs/training_block.md).
         gradient_checkpointing: recompute each stage in the backward pass, to save memory.
         sync_bn: take batch statistics over all processes.
         image_size: side in pixels of the square that the network sees; the model's own if None.
@@ -70,6 +73,7 @@ class TrainConfig:
     precision: Precision = "fp32"
     channels_last: bool = True
     compile: bool = False
+    implementation: Implementation = "auto"
     gradient_checkpointing: bool = False
     sync_bn: bool = False
     image_size: int | None = None
@@ -85,7 +89,11 @@ class TrainConfig:
             if value is not None and not low <= value <= high:
                 upper = f" to {high}" if high < UNBOUNDED else " or more"
                 raise InputError(f"{name}: {low}{upper} needed, found {value}")
-        for name, kind in (("augmentation", Augmentation), ("precision", Precision)):
+        for name, kind in (
+            ("augmentation", Augmentation),
+            ("precision", Precision),
+            ("implementation", Implementation),
+        ):
             if getattr(self, name) not in get_args(kind):
                 raise InputError(
                     f"{name}: one of {get_args(kind)} needed, found {getattr(self, name)!r}"

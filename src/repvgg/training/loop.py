@@ -33,7 +33,7 @@ from repvgg.training.run_folder import RunFolder
 
 # One image in so many may be broken before the run stops.
 BROKEN_ALLOWED_IN = 1000
-# The loss is fetched from the device, and checked, once in so many steps.
+# In so many steps the loss is fetched from the device and checked, and many processes agree.
 STEPS_BETWEEN_CHECKS = 20
 
 
@@ -136,12 +136,10 @@ class Run:
                 )
                 self.sums += torch.stack((loss * count, right, torch.full_like(loss, count)))
                 self.step += 1
-                if self.step % STEPS_BETWEEN_CHECKS == 0 or self.step == len(self.loader):
-                    self._check_finite()
+                if self._after_step():
                     rate = (self.step - done_before) * self.config.batch_size / self._elapsed()
                     note = f"loss {self.sums[0] / self.sums[2]:.3f}, {rate:.0f} images/s"
                 show(note)
-                self._stop_or_keep()
         self.images_per_second = (
             (self.step - done_before) * self.config.batch_size / self._elapsed()
         )
@@ -227,12 +225,16 @@ class Run:
         self.history.append(row)
         self.epoch, self.step, self.broken = self.epoch + 1, 0, 0
         self.sums.zero_()
-        if not self.world.is_first:
-            return
+        if self.world.is_first:
+            self._publish(row)
+        self._keep()
+
+    def _publish(self, row: dict[str, float]) -> None:
+        """Show the row of an epoch, and write the models and the history."""
         say(
-            f"epoch {self.epoch - 1}/{self.config.epochs}: loss {row['train_loss']:.4f}, "
-            f"test loss {test.loss:.4f}, test top-1 {100 * test.top1:.2f} %, "
-            f"{self.images_per_second:.0f} images/s"
+            f"epoch {row['epoch']}/{self.config.epochs}: loss {row['train_loss']:.4f}, "
+            f"test loss {row['test_loss']:.4f}, test top-1 {100 * row['test_top1']:.2f} %, "
+            f"{row['images_per_second']:.0f} images/s"
         )
         save(self.result, self.folder.last)
         tops = [row["test_top1"] for row in self.history]
@@ -240,7 +242,6 @@ class Run:
             save(self.result, self.folder.best)
         self.folder.write_history(self.history)
         self.folder.log(row)
-        self._keep()
 
     # --- What can go wrong -----------------------------------------------------------------------
 
@@ -256,32 +257,41 @@ class Run:
             warn(f"left out: {message}")
 
     def _check_finite(self) -> None:
-        if (step := int(self.bad_step)) >= 0:
+        """Every process must call it."""
+        step = int(self.bad_step)
+        if self.world.any(step >= 0):
+            where = f"at step {step}" if step >= 0 else f"of another process up to step {self.step}"
             raise InputError(
-                f"the loss is no longer a number at step {step} of epoch {self.epoch}; a lower "
+                f"the loss is no longer a number {where} of epoch {self.epoch}; a lower "
                 f"learning_rate than {self.config.learning_rate} may help; the states in "
                 f"{self.folder.path} are from before"
             )
 
-    def _stop_or_keep(self) -> None:
-        """After a step: keep the state if it is time to, or if a signal came, and then stop."""
-        if self.world.any(bool(self.received)):
+    def _after_step(self) -> bool:
+        """Stop if a signal came, keep the state if it is time to; whether the loss was checked."""
+        is_check = self.step % STEPS_BETWEEN_CHECKS == 0 or self.step == len(self.loader)
+        if self.world.size > 1 and not is_check:
+            return False  # the processes must agree, and to ask one another takes time
+        is_due = time.monotonic() - self.kept_at >= 60 * self.config.checkpoint_minutes
+        stop, keep = self.world.sum(bool(self.received), is_due and self.world.is_first)
+        if is_check or stop or keep:
             self._check_finite()
+        if stop or keep:
             self._keep()
+        if stop:
             raise Interrupted(
                 f"stopped at step {self.step} of epoch {self.epoch}; the same command goes on "
                 "from there",
                 next(iter(self.received), signal.SIGTERM),
             )
-        if time.monotonic() - self.kept_at >= 60 * self.config.checkpoint_minutes:
-            self._check_finite()
-            self._keep()
+        return is_check
 
     # --- States ----------------------------------------------------------------------------------
 
     def _keep(self) -> None:
-        """Write the whole state, in the first process."""
+        """Write the whole state, in the first process; every process must call it."""
         self.kept_at = time.monotonic()
+        sums = self.world.sum(*self.sums.tolist())
         if not self.world.is_first:
             return
         state: dict[str, Any] = {
@@ -292,7 +302,7 @@ class Run:
             "history": self.history,
             "epoch": self.epoch,
             "step": self.step,
-            "sums": self.sums,
+            "sums": sums,
             "broken": self.broken,
             "images": self.images,
             "classes": self._classes(),
@@ -316,8 +326,8 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.history, self.epoch, self.step = state["history"], state["epoch"], state["step"]
         self.broken = state["broken"]
-        if self.world.is_first:  # the sums so far are of this process alone
-            self.sums.copy_(state["sums"])
+        if self.world.is_first:  # which stands for all of them
+            self.sums.copy_(torch.tensor(state["sums"]))
 
     def _classes(self) -> list[str]:
         return list(self.network.class_names or ())

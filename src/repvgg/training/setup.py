@@ -13,6 +13,7 @@ from repvgg.data.images import Images, open_images
 from repvgg.data.loader import Loader, derived_seed
 from repvgg.data.transforms import training_transform
 from repvgg.errors import InputError
+from repvgg.lean import use_implementation
 from repvgg.model import RepVGG, create_model
 from repvgg.preprocessing import Preprocessing
 from repvgg.training.config import TrainConfig
@@ -112,6 +113,7 @@ def on_device(network: RepVGG, config: TrainConfig, world: World) -> RepVGG:
     network.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
+    use_implementation(network, config.implementation)
     if config.sync_bn and world.size > 1:
         synchronized(network, world.device)
     return network

@@ -1,0 +1,35 @@
+"""The order in which the images of a pass are seen: a pure function of (source, seed, epoch)."""
+
+import numpy as np
+
+from repvgg.data.images import Images
+
+# Shards whose images are mixed with one another; so many must be at hand at a time.
+WINDOW = 8
+
+
+def epoch_order(images: Images, seed: int, epoch: int) -> list[int]:
+    """The index of every image once, shuffled.
+
+    A source whose images are all at hand is shuffled as a whole. One with `groups`, of which each
+    must be fetched before an image of it is read, is shuffled in two steps: the groups, and then
+    the images of each window of `WINDOW` consecutive groups. So a group is needed in one stretch
+    of the pass only, and every group may meet every other in some epoch.
+
+    Args:
+        images: the source.
+        seed: of the run.
+        epoch: number of the pass.
+    """
+    random = np.random.default_rng([seed, epoch])
+    if not images.groups:
+        return random.permutation(len(images)).tolist()
+    order = random.permutation(len(images.groups))
+    windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
+    return [
+        index
+        for window in windows
+        for index in random.permutation(
+            np.concatenate([images.groups[group] for group in window])
+        ).tolist()
+    ]
