@@ -12,6 +12,8 @@ import argparse
 import contextlib
 import json
 import resource
+import statistics
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -93,6 +95,20 @@ def stored_bytes(step: Callable, network: nn.Module) -> int:
     return sum(kept.values())
 
 
+def with_cpu_seconds(step: Callable, seconds: list[float]) -> Callable:
+    """The step, noting the processor time of all threads: on a shared machine, what it did itself.
+
+    Only of use with one thread, because threads that wait for others spin.
+    """
+
+    def timed() -> None:
+        started = time.process_time()
+        step()
+        seconds.append(time.process_time() - started)
+
+    return timed
+
+
 def peak_bytes(step: Callable, device: torch.device) -> int:
     """Most memory on the GPU in one step; on the CPU the most that the process ever held."""
     if device.type == "cuda":
@@ -129,7 +145,10 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> lis
         form: step_of(model, images, labels, options.precision) for form, model in models.items()
     }
     stored = {form: stored_bytes(step, models[form]) for form, step in steps.items()}
-    times = time_in_turn(steps, rounds=options.rounds, warmup=1)
+    cpu_seconds: dict[str, list[float]] = {form: [] for form in steps}
+    timed = {form: with_cpu_seconds(step, cpu_seconds[form]) for form, step in steps.items()}
+    times = time_in_turn(timed, rounds=options.rounds, warmup=1)
+    cpu = {form: statistics.median(seconds[1:]) for form, seconds in cpu_seconds.items()}
     peaks = {form: peak_bytes(step, device) for form, step in steps.items()}
     return [
         row_of(
@@ -143,6 +162,8 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> lis
                 "precision": options.precision,
                 "layout": "channels_last",
                 "rounds": options.rounds,
+                "cpu_ms": round(cpu[form] * 1e3, 2),
+                "cpu_ratio": round(cpu[form] / cpu["timm"], 4),
                 "stored_mb": round(stored[form] / 1e6, 2),
                 "stored_ratio": round(stored[form] / stored["timm"], 4),
                 "peak_mb": round(peaks[form] / 1e6, 1) if device.type == "cuda" else None,
@@ -154,7 +175,16 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> lis
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table on the screen."""
-    columns = ("form", "images/s", "ms", "± %", "time ÷ timm", "stored MB", "stored ÷ timm")
+    columns = (
+        "form",
+        "images/s",
+        "ms",
+        "± %",
+        "time ÷ timm",
+        "CPU ÷ timm",
+        "stored MB",
+        "stored ÷ timm",
+    )
     first = rows[0]
     title = f"{first['model']}, batch {first['batch']} at {first['size']}, {first['precision']}"
     show_table(
@@ -167,6 +197,7 @@ def show(rows: list[dict[str, Any]]) -> None:
                 f"{row['median_ms']:.0f}",
                 f"{row['spread'] * 100:.1f}",
                 f"{row['time_ratio']:.3f}",
+                f"{row['cpu_ratio']:.3f}",
                 f"{row['stored_mb']:.1f}",
                 f"{row['stored_ratio']:.3f}",
             )

@@ -27,6 +27,7 @@ NEEDED = {
     "predict": ["model", "image"],
     "profile": ["repvgg_a0"],
     "recipes": [],
+    "pack": ["folder", "output"],
     "export": ["model", "output"],
 }
 

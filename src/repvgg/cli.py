@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from repvgg.console import say, show_table, warn, with_bar
+from repvgg.data.pack import Pack
 from repvgg.errors import InputError, Interrupted
 from repvgg.training.config import Device, TrainConfig
 from repvgg.training.recipes import RECIPES
@@ -261,6 +262,7 @@ COMMANDS: dict[str, type] = {
     "quickstart": Quickstart,
     "train": Train,
     "recipes": Recipes,
+    "pack": Pack,
     "evaluate": Evaluate,
     "convert": Convert,
     "predict": Predict,
@@ -363,3 +365,6 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # as in `repvgg predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a full disk, a lost shard; out of a worker, with its traceback
+        warn(f"repvgg: {str(error).strip().splitlines()[-1]}")
+        sys.exit(1)

@@ -231,9 +231,14 @@ def fused(block: MultiBranchBlock, x: Tensor) -> Tensor | None:
     return _apply_fused(block, x, {"3x3", "1x1"})
 
 
-def recompute_1x1(block: MultiBranchBlock, x: Tensor) -> Tensor | None:
-    """As "fused", but computes the 1×1 output again; keeps the inputs and the 3×3 output."""
-    return _apply_fused(block, x, {"3x3"})
+def recompute_cheap(block: MultiBranchBlock, x: Tensor) -> Tensor | None:
+    """As "fused", but computes the 1×1 output again; keeps the inputs and the 3×3 output.
+
+    A 3×3 convolution of few inputs, as the stem's, is computed again too: where it costs no more
+    than a 1×1 convolution from O to O channels.
+    """
+    per_output = 9 * block.layer.in_channels // block.layer.groups
+    return _apply_fused(block, x, {"3x3"} if per_output > block.layer.out_channels else set())
 
 
 def recompute_all(block: MultiBranchBlock, x: Tensor) -> Tensor | None:
@@ -257,7 +262,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "auto": auto,
     "branches": branches,
     "fused": fused,
-    "recompute_1x1": recompute_1x1,
+    "recompute_cheap": recompute_cheap,
     "recompute_all": recompute_all,
     "merged": merged,
 }

@@ -82,8 +82,9 @@ class Samples(Dataset[Any]):
 class BatchSampler:
     """The keys of `Samples` that one process gets of each batch of a pass.
 
-    With a seed, for training: the order of `epoch_order` is cut into batches, the same for any number of processes, and each process gets an equal part of each. Without, for
-    tests: each process gets every size-th image in its order, none of them twice.
+    With a seed, for training: the order of `epoch_order` is cut into batches, the same for any
+    number of processes, and each process gets an equal part of each. Without, for tests: each
+    process gets every size-th image in its order, none of them twice.
 
     Attributes:
         epoch: set before each pass.
