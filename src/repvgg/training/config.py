@@ -12,7 +12,7 @@ from repvgg.errors import InputError
 
 Augmentation = Literal["crop-flip", "autoaugment-crop-flip", "shift-flip", "shift", "none"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
-Implementation = Literal["auto", "branches", "fused", "recompute_1x1", "recompute_all", "merged"]
+Implementation = Literal["auto", "branches", "fused", "recompute_cheap", "recompute_all", "merged"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
