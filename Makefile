@@ -3,16 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart test test-fast check format clean
+.PHONY: quickstart test test-slow check format clean
 
 quickstart: $(READY)
 	$(BIN)/repvgg quickstart
 
 test: $(READY)
-	$(BIN)/pytest -q --durations=10
+	$(BIN)/pytest -q -m "not slow" --durations=10
 
-test-fast: $(READY)
-	$(BIN)/pytest -q -m "not slow"
+test-slow: $(READY)
+	$(BIN)/pytest -q -m slow --durations=10
 
 check: $(READY)
 	$(BIN)/ruff check .
