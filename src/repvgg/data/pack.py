@@ -43,7 +43,8 @@ class Pack:
     workers: int | None = None
     """Processes that decode the images; chosen by the machine if not given."""
 
-    def run(self) -> None:  # noqa: D102
+    def run(self) -> None:
+        """Pack every split, and then write the index."""
         from repvgg.data.shard_index import INDEX_NAME, Index
         from repvgg.data.shards import CLASSES_NAME
 

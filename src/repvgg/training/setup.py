@@ -1,6 +1,7 @@
 """What a config turns into before the first step: device, network, loaders."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -138,14 +139,11 @@ def _recomputed(stage: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor
         return forward(x)
     # The first stage's input, the image, needs no gradient, which the recomputation bears.
     return checkpoint(
-        forward, x, use_reentrant=False, context_fn=lambda: (_Nothing(), _FrozenStatistics(stage))
+        forward,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _FrozenStatistics(stage)),
     )  # pyright: ignore[reportReturnType]
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 class _FrozenStatistics:
