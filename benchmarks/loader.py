@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from common import header
 
 from repvgg.console import say, show_table
 from repvgg.data.images import Images, decode_image, open_images
 from repvgg.data.loader import Batch, Loader, derived_seed
 from repvgg.data.pack import Pack
 from repvgg.data.transforms import normalize, training_transform
+from repvgg.machine import machine_facts
 from repvgg.model import create_model
 from repvgg.timing import Times, time_in_turn
 
@@ -199,7 +199,7 @@ def main(options: Options) -> None:
     show("stages of one sample, in one process", tables["stages"])
     if options.json:
         rows = [{"table": table, **row} for table, rows in tables.items() for row in rows]
-        content = {**header(), "load_average": os.getloadavg()[0], "rows": rows}
+        content = {**machine_facts(), "load_average": os.getloadavg()[0], "rows": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
         say(f"written: {options.json}")
 

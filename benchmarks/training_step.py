@@ -15,18 +15,17 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from common import header
 from torch import Tensor, nn
 
 import repvgg
 from repvgg.console import say, show_table
 from repvgg.lean import IMPLEMENTATIONS, use_implementation
+from repvgg.machine import machine_facts
 from repvgg.timing import Times, time_in_turn
 
 DEFAULT_MODELS = ("repvgg_a0", "repvgg_b0", "repvgg_b1g4")
@@ -236,7 +235,7 @@ def main() -> None:
         rows += measure(name, options, device)
         show([row for row in rows if row["model"] == name])
     if options.json:
-        facts = {**header(), "timm": version("timm"), "device": device.type}
+        facts = {**machine_facts(), "device": device.type}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
         say(f"results in {options.json}")

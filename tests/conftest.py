@@ -1,6 +1,7 @@
 """For several test files: Eq. 1–4 of the paper as NumPy loops, random models, images, shards."""
 
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,22 @@ def packed(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     output = tmp_path_factory.mktemp("shards")
     Pack(image_folder, output, shard_megabytes=1).run()
     return output
+
+
+# Where real images may be: extracted, or as archives beside the checkout.
+ROOT = Path(__file__).parent.parent
+DATA_FOLDERS = (ROOT / ".data", ROOT.parent / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one photograph for each class of ImageNet, in a folder a class."""
+    for folder in DATA_FOLDERS:
+        if (extracted := folder / "imagenet_sample").is_dir():
+            return extracted
+        if (archive := folder / "imagenet_sample.tar").is_file():
+            target = tmp_path_factory.mktemp("data")
+            with tarfile.open(archive) as tar:
+                tar.extractall(target, filter="data")
+            return target / "imagenet_sample"
+    pytest.skip(f"no imagenet_sample in {' or '.join(map(str, DATA_FOLDERS))}")

@@ -29,6 +29,10 @@ NEEDED = {
     "recipes": [],
     "pack": ["folder", "output"],
     "export": ["model", "output"],
+    "ablate": ["--output", "ablation"],
+    "bench": ["model"],
+    "compare": ["resnet18"],
+    "reproduce": ["table4"],
 }
 
 

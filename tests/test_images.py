@@ -1,7 +1,9 @@
 """Sources of images, transforms and loaders, on real files."""
 
 import hashlib
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from repvgg.data.images import decode_image, find_images, open_images
-from repvgg.data.loader import Loader, derived_seed
+from repvgg.data.loader import Loader, Remembered, default_workers, derived_seed
 from repvgg.data.transforms import evaluation_transform, normalize, training_transform
 from repvgg.errors import InputError
 from repvgg.preprocessing import Preprocessing
@@ -230,3 +232,41 @@ def test_a_broken_image_is_reported_beside_the_good_ones(folder):
     assert len(batch.labels) == len(batch.images) == 7
     assert len(batch.broken) == 1
     assert "ant/1.png: cannot be decoded" in batch.broken[0]
+
+
+def test_without_workers_images_are_decoded_once(folder):
+    images = open_images(str(folder), "train")
+    loader = Loader(images, evaluation_transform(Preprocessing.for_channels(3, 16)), 8, workers=0)
+    (first,) = loader.epoch()
+    for name in images.names:
+        Path(name).unlink()
+    (second,) = loader.epoch()
+    assert torch.equal(first.images, second.images)
+
+
+def test_only_so_many_images_are_remembered():
+    calls = []
+
+    def decode(index):
+        calls.append(index)
+        return Image.new("RGB", (16, 16), (index, 0, 0))
+
+    remembered = Remembered(decode, room=2 * (4 * 16 * 16 + 1024))
+    for _ in range(2):
+        assert [remembered(index).getpixel((0, 0)) for index in range(3)] == [
+            (0, 0, 0),
+            (1, 0, 0),
+            (2, 0, 0),
+        ]
+    assert calls == [0, 1, 2, 2]
+
+
+def test_workers_are_chosen_by_the_cores_that_are_granted(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_workers(4999, beside_network=False) == 0
+    assert default_workers(5000, beside_network=False) == 15
+    assert default_workers(5000, beside_network=True) == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_workers(5000, beside_network=False) == 1
+    assert default_workers(5000, beside_network=True) == 0

@@ -16,6 +16,7 @@ from torch import nn
 
 import repvgg
 from repvgg.data.images import open_images
+from repvgg.data.pack import Pack
 from repvgg.errors import InputError
 from repvgg.lean import IMPLEMENTATIONS
 from repvgg.training.config import Implementation, TrainConfig
@@ -209,7 +210,7 @@ def image_folder(root, broken=0, count=12):
 
 
 FOLDER_CONFIG = TrainConfig(
-    model="repvgg_cifar:widths=4-4-4-4-8,depths=1-1-1-1-1", epochs=1, batch_size=8, image_size=16
+    model="repvgg_cifar:widths=4-4-4-8,depths=1-1-1-1", epochs=1, batch_size=8, image_size=16
 )
 
 
@@ -219,6 +220,25 @@ def test_a_folder_of_photographs_is_trained_on(tmp_path):
     network = repvgg.load(folder.best)
     assert network.class_names == ("class0", "class1")
     assert network.preprocessing.size == 16
+
+
+def test_shards_are_trained_on_as_the_folder_is(tmp_path, capsys):
+    root = image_folder(tmp_path / "data", count=40)
+    Pack(root, tmp_path / "shards").run()
+    capsys.readouterr()
+    rows = {}
+    for source in ("data", "shards"):
+        config = dataclasses.replace(FOLDER_CONFIG, data=str(tmp_path / source), epochs=2)
+        folder = train(config, tmp_path / f"run of {source}")
+        rows[source] = folder.read_history()
+        network = repvgg.load(folder.last)
+        assert network.class_names == ("class0", "class1")
+        result = evaluate(network, evaluation_loader(network, open_images(str(root), "test")))
+        assert rows[source][-1]["test_top1"] == pytest.approx(result.top1, abs=1e-6)
+        assert rows[source][-1]["test_loss"] == pytest.approx(result.loss, rel=1e-4, abs=1e-6)
+        assert "going on at step 0 of epoch 3 of 2" not in capsys.readouterr().out
+        train(config, tmp_path / f"run of {source}")
+        assert "going on at step 0 of epoch 3 of 2" in capsys.readouterr().out
 
 
 def test_too_many_broken_images_stop_the_run_naming_one(tmp_path):
@@ -287,6 +307,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 OPTIONS = {
     "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
     "fp64": {"precision": "fp64"},
     "contiguous": {"channels_last": False},
     "accumulate": {"accumulate": 4},
@@ -306,6 +327,17 @@ def test_training_lowers_the_loss_with_every_option(options, tmp_path):
     weights = repvgg.load(tmp_path / "run" / "last.safetensors").parameters()
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     assert {parameter.dtype for parameter in weights} == {dtype}
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_an_eager_one(tmp_path):
+    config = dataclasses.replace(SHORT, epochs=1, batch_size=128, precision="fp64")
+    rows = [
+        train(dataclasses.replace(config, compile=on), tmp_path / str(on)).read_history()[-1]
+        for on in (False, True)
+    ]
+    assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-5)
+    assert rows[1]["test_top1"] == rows[0]["test_top1"]
 
 
 def test_the_plain_network_of_a_trained_one_agrees_on_every_test_image(finished):

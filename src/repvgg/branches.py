@@ -100,6 +100,18 @@ class IdentityBN(Branch):
         return pad_to_3x3(kernel), bias
 
 
+def sum_of(branches: nn.ModuleDict) -> tuple[Tensor, Tensor]:
+    """Kernel (O, I, 3, 3) and bias (O,) equal to the sum of branches at inference, fp64."""
+    kernels, biases = zip(
+        *(cast(Branch, branch).equivalent() for branch in branches.values()), strict=True
+    )
+    device = kernels[0].device  # a branch without parameters does not know where it is
+    return (
+        functools.reduce(torch.add, (kernel.to(device) for kernel in kernels)),
+        functools.reduce(torch.add, (bias.to(device) for bias in biases)),
+    )
+
+
 # Another way to compute what a block does in training; None where it cannot (see lean.py).
 Implementation = Callable[["MultiBranchBlock", Tensor], Tensor | None]
 
@@ -142,10 +154,7 @@ class MultiBranchBlock(nn.Module):
 
     def equivalent(self) -> tuple[Tensor, Tensor]:
         """Kernel (O, I, 3, 3) and bias (O,), fp64: the sums of those of the branches (Fig. 4)."""
-        kernels, biases = zip(
-            *(cast(Branch, branch).equivalent() for branch in self.branches.values()), strict=True
-        )
-        return functools.reduce(torch.add, kernels), functools.reduce(torch.add, biases)
+        return sum_of(self.branches)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

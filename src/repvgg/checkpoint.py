@@ -180,7 +180,8 @@ def _fill(model: RepVGG, path: str | Path, naming: str, state: dict[str, Tensor]
             f"{path}: holds a plain network, from which the branches cannot be had back; "
             "create the model with block='plain'"
         )
-    network = _on_meta({**model.config(), "block": "plain" if form == "plain" else "repvgg"})
+    trained = "repvgg" if model.block == "plain" else model.block
+    network = _on_meta({**model.config(), "block": "plain" if form == "plain" else trained})
     for name, tensor in network.state_dict().items():
         if name.endswith(".num_batches_tracked"):  # old files lack it, and inference needs it not
             state.setdefault(name, torch.zeros(tensor.shape, dtype=tensor.dtype))

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
+from repvgg.ablations.command import Ablate
 from repvgg.console import say, show_table, warn, with_bar
 from repvgg.data.pack import Pack
 from repvgg.errors import InputError, Interrupted
+from repvgg.reproduce.command import Bench, Compare, Reproduce
 from repvgg.training.config import Device, TrainConfig
 from repvgg.training.recipes import RECIPES
 
@@ -197,7 +199,7 @@ class Profile:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """File of a network, or a name: `repvgg_a0`, or `repvgg_a0:a=0.5,strides=1-1-2-2-2`."""
-    block: Literal["plain", "repvgg"] = "plain"
+    block: str = "plain"
     """Of a name: the plain network, or the training-time one."""
     image_size: int | None = None
     """Side in pixels of the image; what the network is meant for if not given."""
@@ -268,6 +270,10 @@ COMMANDS: dict[str, type] = {
     "predict": Predict,
     "profile": Profile,
     "export": Export,
+    "ablate": Ablate,
+    "bench": Bench,
+    "compare": Compare,
+    "reproduce": Reproduce,
 }
 
 

@@ -33,12 +33,15 @@ from repvgg.lean_ops import (
     grouped,
     in_pieces,
     mean_and_covariance,
+    mean_and_var,
     merged_input_grad,
     merged_statistics,
     mixing_kernel,
     norm_sums,
     norms,
     outer,
+    output_like,
+    pooled,
     row,
     slope_of,
     strided,
@@ -71,60 +74,63 @@ class Fused(torch.autograd.Function):
         and shift of each batch norm.
         """
         layer = block.layer
-        inputs = strided(x, layer)
-        dense, pointwise = conv3x3(x, kernel3, layer), conv1x1(inputs, kernel1, layer)
-        stats = batch_statistics(block, (dense, pointwise, inputs))
+        inputs, pieces = strided(x, layer), in_pieces(x, kernel3, layer)
+        dense, pointwise, moments = [], [], []
+        for piece in pieces:
+            dense.append(conv3x3(x[piece], kernel3, layer))
+            pointwise.append(conv1x1(inputs[piece], kernel1, layer))
+            values = dense[-1], pointwise[-1], inputs[piece]
+            moments.append([mean_and_var(y) for y in values[: len(affine) // 2]])
+        z = output_like(x, layer)
+        stats = batch_statistics(block, pooled(moments, pieces, len(x)), z)
         mean, invstd = stats.unbind(1)
         scale = torch.stack(affine[::2]) * invstd
         shift = (torch.stack(affine[1::2]) - scale * mean).sum(0)
 
-        z = torch.empty_like(dense) if "1x1" in keep else pointwise
-        for piece in in_pieces(z, kernel3):
+        for piece, of_dense, of_pointwise in zip(pieces, dense, pointwise, strict=True):
             total = z[piece]
-            torch.addcmul(row(shift), pointwise[piece], row(scale[1]), out=total)
-            total.addcmul_(dense[piece], row(scale[0]))
+            torch.addcmul(row(shift), of_pointwise, row(scale[1]), out=total)
+            total.addcmul_(of_dense, row(scale[0]))
             if len(scale) == 3:
                 total.addcmul_(inputs[piece], row(scale[2]))
             total.relu_()
 
-        ctx.layer = layer
-        ctx.save_for_backward(
-            x,
-            z,
-            dense if "3x3" in keep else None,
-            pointwise if "1x1" in keep else None,
-            kernel3,
-            kernel1,
-            torch.cat([stats, scale[:, None]], 1),
-        )
+        ctx.layer, ctx.pieces, ctx.keep = layer, pieces, keep
+        kept = (dense if "3x3" in keep else []), (pointwise if "1x1" in keep else [])
+        stats = torch.cat([stats, scale[:, None]], 1)
+        ctx.save_for_backward(x, z, kernel3, kernel1, stats, *kept[0], *kept[1])
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         """Gradients to x, both kernels, and scale and shift of each batch norm."""
-        x, z, dense, pointwise, kernel3, kernel1, stats = ctx.saved_tensors
-        layer, need = ctx.layer, ctx.needs_input_grad[2:4]
+        x, z, kernel3, kernel1, stats, *kept = ctx.saved_tensors
+        layer, pieces, keep, need = ctx.layer, ctx.pieces, ctx.keep, ctx.needs_input_grad[2:4]
         grad, inputs = channels_last(grads[0]), strided(x, layer)
+        dense = kept[: len(pieces)] if "3x3" in keep else []
+        pointwise = kept[-len(pieces) :] if "1x1" in keep else []
         # What is computed again is nobody else's, so its gradient may take its place.
-        own = (dense is None, pointwise is None, False)
-        dense = conv3x3(x, kernel3, layer) if dense is None else dense
-        pointwise = conv1x1(inputs, kernel1, layer) if pointwise is None else pointwise
-        branches = (dense, pointwise, inputs)[: len(stats)]
-        pieces = in_pieces(z, kernel3)
+        own = ("3x3" not in keep, "1x1" not in keep, False)
 
         sums = torch.zeros_like(stats[:, :2])
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
+            if own[0]:
+                dense.append(conv3x3(x[piece], kernel3, layer))
+            if own[1]:
+                pointwise.append(conv1x1(inputs[piece], kernel1, layer))
+            branches = dense[number], pointwise[number], inputs[piece]
             gated = aten.threshold_backward(grad[piece], z[piece], 0)
-            for total, values, stat in zip(sums, branches, stats, strict=True):
-                total += norm_sums(gated, values[piece], stat)
+            for total, values, stat in zip(sums, branches, stats, strict=False):
+                total += norm_sums(gated, values, stat)
         slopes = [slope_of(*pair, z) for pair in zip(sums, stats, strict=True)]
         grad1 = torch.zeros_like(kernel1)
 
         def gradients(piece: slice) -> tuple[Tensor, Tensor | None]:
             gated = aten.threshold_backward(grad[piece], z[piece], 0)
+            branches = dense.pop(), pointwise.pop(), inputs[piece]
             to_dense, to_pointwise, *to_identity = (
-                to_values(gated, values[piece], slope, in_place)
+                to_values(gated, values, slope, in_place)
                 for values, slope, in_place in zip(branches, slopes, own, strict=False)
             )
             add_weight_grad(grad1, to_pointwise, inputs[piece], layer)
@@ -158,7 +164,7 @@ class Merged(torch.autograd.Function):
         """(N, C, H, W) → (N, O, ⌈H/s⌉, ⌈W/s⌉), both channels-last; `affine` as in `Fused`."""
         layer = block.layer
         inputs, dense = strided(x, layer), conv3x3(x, kernel3, layer)
-        pieces = in_pieces(dense, kernel3)
+        pieces = in_pieces(x, kernel3, layer)
         center, covariance = mean_and_covariance(inputs, pieces, layer)
         stats = merged_statistics(block, dense, center, covariance, kernel1)
         mean, invstd = stats.unbind(1)
@@ -185,7 +191,7 @@ class Merged(torch.autograd.Function):
         x, z, dense, kernel3, kernel1, covariance, center, stats = ctx.saved_tensors
         layer, need = ctx.layer, ctx.needs_input_grad[1:3]
         grad, inputs = channels_last(grads[0]), strided(x, layer)
-        pieces = in_pieces(z, kernel3)
+        pieces = in_pieces(x, kernel3, layer)
 
         sums, product = torch.zeros_like(stats[:, :2]), torch.zeros_like(kernel1)
         for piece in pieces:

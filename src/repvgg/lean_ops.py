@@ -62,14 +62,21 @@ def strided(x: Tensor, layer: Layer) -> Tensor:
     return channels_last(x[..., :: layer.stride, :: layer.stride])
 
 
-def in_pieces(images: Tensor, kernel: Tensor) -> list[slice]:
+def output_like(x: Tensor, layer: Layer) -> Tensor:
+    """Room for the output of the block, (N, O, ⌈H/s⌉, ⌈W/s⌉), channels-last."""
+    high, wide = (-(-size // layer.stride) for size in x.shape[2:])
+    shape = len(x), layer.out_channels, high, wide
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def in_pieces(x: Tensor, kernel: Tensor, layer: Layer) -> list[slice]:
     """Runs of images, about equally long. On GPUs one run, because launches cost more there."""
-    count = step = len(images)
-    if images.device.type == "cpu":
+    count = step = len(x)
+    if x.device.type == "cpu":
         size = max(PIECE_BYTES, PIECE_KERNELS * kernel.numel() * kernel.element_size())
-        step = max(1, size // (images[0].numel() * images.element_size()))
+        step = max(1, size // (output_like(x[:1], layer).numel() * x.element_size()))
         step = -(-count // -(-count // step))
-    return [slice(start, start + step) for start in range(0, count, step)]
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 # Convolutions
@@ -162,13 +169,32 @@ def norms(block: MultiBranchBlock) -> list[nn.BatchNorm2d]:
     return [cast(nn.BatchNorm2d, branch.bn) for branch in block.branches.values()]
 
 
-def batch_statistics(block: MultiBranchBlock, values: tuple[Tensor, ...]) -> Tensor:
-    """Mean and 1/σ of each branch, (branches, 2, O); the running statistics move on."""
+def mean_and_var(values: Tensor) -> Tensor:
+    """(N, C, H, W) → (2, C), the variance being that of the values, not of a population."""
+    return torch.stack(torch.batch_norm_update_stats(values, None, None, 0.0))
+
+
+def pooled(moments: list[list[Tensor]], pieces: list[slice], count: int) -> Tensor:
+    """Means and variances of pieces → those of the whole, (branches, 2, C)."""
+    parts = torch.stack([torch.stack(of_piece) for of_piece in moments])
+    share = parts.new_tensor([(piece.stop - piece.start) / count for piece in pieces])
+    means, variances = parts.unbind(2)
+    mean = torch.tensordot(share, means, 1)
+    var = torch.tensordot(share, variances + (means - mean).square(), 1)
+    return torch.stack([mean, var], 1)
+
+
+def batch_statistics(block: MultiBranchBlock, moments: Tensor, like: Tensor) -> Tensor:
+    """Mean and variance of each branch → mean and 1/σ, (branches, 2, O).
+
+    The running statistics move on; `like` has the shape of the normalized.
+    """
+    count = like.numel() // like.shape[1]
     stats = []
-    for norm, y in zip(norms(block), values, strict=False):
-        mean, var = torch.batch_norm_update_stats(
-            y, norm.running_mean, norm.running_var, cast(float, norm.momentum)
-        )
+    for norm, (mean, var) in zip(norms(block), moments, strict=True):
+        momentum = cast(float, norm.momentum)
+        cast(Tensor, norm.running_mean).lerp_(mean, momentum)
+        cast(Tensor, norm.running_var).lerp_(var * (count / (count - 1)), momentum)
         cast(Tensor, norm.num_batches_tracked).add_(1)
         stats.append(torch.stack([mean, (var + norm.eps).rsqrt_()]))
     return torch.stack(stats)
@@ -219,19 +245,13 @@ def merged_statistics(
     block: MultiBranchBlock, dense: Tensor, center: Tensor, covariance: Tensor, kernel1: Tensor
 ) -> Tensor:
     """Like `batch_statistics`."""
-    stats = [batch_statistics(block, (dense,))[0]]
     weight = grouped(kernel1, block.layer)
     mean = (weight @ center.view(len(weight), -1, 1)).flatten()
     var = (weight @ covariance * weight).sum(-1).flatten()
-    pairs = [(mean, var), (center, covariance.diagonal(dim1=1, dim2=2).flatten())]
-    count = dense.numel() // dense.shape[1]
-    for norm, (mean, var) in zip(norms(block)[1:], pairs, strict=False):
-        momentum = cast(float, norm.momentum)
-        cast(Tensor, norm.running_mean).lerp_(mean, momentum)
-        cast(Tensor, norm.running_var).lerp_(var * (count / (count - 1)), momentum)
-        cast(Tensor, norm.num_batches_tracked).add_(1)
-        stats.append(torch.stack([mean, (var + norm.eps).rsqrt_()]))
-    return torch.stack(stats)
+    moments = [mean_and_var(dense), torch.stack([mean, var])]
+    if len(norms(block)) == 3:
+        moments.append(torch.stack([center, covariance.diagonal(dim1=1, dim2=2).flatten()]))
+    return batch_statistics(block, torch.stack(moments), dense)
 
 
 def mixing_kernel(scale: Tensor, kernel1: Tensor, identity: Tensor | None) -> Tensor:

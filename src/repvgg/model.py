@@ -1,14 +1,14 @@
 """Networks from specs (paper, Sect. 3.4): stages of blocks, then pooling and a linear head.
 
-One builder makes them all. `repvgg_block` gives the training-time network, `plain_block` the
-network that it is equal to. They speak timm's interface.
+One builder makes them all, of the blocks in blocks.py: "repvgg" gives the training-time network,
+"plain" the network that it is equal to. They speak timm's interface.
 
 Axes: N images, C channels, H and W.
 """
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -16,15 +16,10 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 
-from repvgg.branches import repvgg_block
+from repvgg.blocks import BLOCKS, STAGES, build_stage
 from repvgg.errors import InputError
-from repvgg.plain import plain_block
 from repvgg.preprocessing import Preprocessing
-from repvgg.spec import DEFAULT_IMAGE_SIZE, IMAGE_SIZES, VARIANTS, Layer, Spec, parse_spec
-
-BlockFactory = Callable[[Layer], nn.Module]
-
-BLOCKS: dict[str, BlockFactory] = {"repvgg": repvgg_block, "plain": plain_block}
+from repvgg.spec import DEFAULT_IMAGE_SIZE, IMAGE_SIZES, VARIANTS, Spec, parse_spec
 
 HUB_FILE = "model.safetensors"
 
@@ -57,7 +52,8 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
         in_chans: channels of the images.
         drop_rate: dropout before the linear layer, as a probability.
         global_pool: "avg", or "" for none, so that the head sees (N, C, H, W).
-        block: a name in `BLOCKS`; "repvgg" trains, "plain" is what it becomes.
+        block: a name in `BLOCKS` or `STAGES`; "repvgg" trains, "plain" is what it becomes, the
+            others are those of Tables 6 and 7 and of later papers.
         preprocessing: what the images went through; ImageNet's at 224 if none is given.
         class_names: one for each class, if known.
 
@@ -79,8 +75,8 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
     ):
         super().__init__()
         self.classifier: nn.Linear | nn.Identity
-        if block not in BLOCKS:
-            raise InputError(f"block={block!r}: one of {list(BLOCKS)} needed")
+        if block not in (known := [*BLOCKS, *STAGES]):
+            raise InputError(f"block={block!r}: one of {known} needed")
         if not isinstance(drop_rate, int | float) or not 0 <= drop_rate <= 1:
             raise InputError(f"drop_rate={drop_rate!r}: a number from 0 to 1 needed")
         if preprocessing is None:
@@ -96,7 +92,7 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
         self.preprocessing = preprocessing
         self.class_names: tuple[str, ...] | None = None
         self.stages = nn.Sequential(
-            *(nn.Sequential(*map(BLOCKS[block], stage)) for stage in spec.layers(in_chans))
+            *(build_stage(block, layers) for layers in spec.layers(in_chans))
         )
         self.num_features = spec.layer_widths()[-1][-1]
         self.dropout = nn.Dropout(drop_rate)
@@ -212,8 +208,8 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
     def pretrained_cfg(self) -> dict[str, Any]:
         """timm's description of input and head, so that timm's own tools work on this."""
         pre = self.preprocessing
-        stem = "stages.0.0.branches." if self.block != "plain" else "stages.0.0."
-        convs = ("conv3x3.conv", "conv1x1.conv") if self.block != "plain" else ("conv",)
+        stem = self.stages.get_submodule("0.0").named_modules()
+        convs = tuple(f"stages.0.0.{name}" for name, m in stem if isinstance(m, nn.Conv2d))
         return {
             "input_size": (self.in_chans, pre.size, pre.size),
             "num_classes": self.num_classes,
@@ -221,7 +217,7 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
             "interpolation": pre.interpolation,
             "mean": pre.mean,
             "std": pre.std,
-            "first_conv": tuple(stem + conv for conv in convs),
+            "first_conv": convs,
             "classifier": "classifier",
         }
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from repvgg.blocks import BLOCKS
 from repvgg.branches import MultiBranchBlock
 from repvgg.errors import InputError
 from repvgg.fold import fold_conv_and_norm
@@ -93,7 +94,7 @@ def convert(model: nn.Module, *, fold_pairs: bool = True) -> Conversion:
             memo[id(module)] = copy.deepcopy(inner, memo)
     plain = copy.deepcopy(model, memo).eval()
     for module in plain.modules():
-        if isinstance(module, RepVGG):
+        if isinstance(module, RepVGG) and module.block in BLOCKS:
             module.block = "plain"
     return Conversion(
         plain,
@@ -131,8 +132,10 @@ def _plain_of(block: MultiBranchBlock, name: str, memo: dict[int, Any]) -> nn.Se
         conv = plain_conv(block.layer)
     _set_weights(conv, kernel, bias, like=next(block.parameters()))
     activation = copy.deepcopy(block.activation, memo)
-    key = "relu" if isinstance(activation, nn.ReLU) else "activation"
-    plain = nn.Sequential(OrderedDict({"conv": conv, key: activation}))
+    parts = OrderedDict[str, nn.Module](conv=conv)
+    if not isinstance(activation, nn.Identity):
+        parts["relu" if isinstance(activation, nn.ReLU) else "activation"] = activation
+    plain = nn.Sequential(parts)
     for hooks in HOOKS:  # what they see of the block, its input and output, is the same here
         setattr(plain, hooks, copy.deepcopy(getattr(block, hooks), memo))
     return plain

@@ -6,12 +6,13 @@ after a stop sees what it would have seen.
 
 import os
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,6 +23,11 @@ from repvgg.errors import InputError
 
 # Fewer images than this are decoded faster than worker processes start.
 WORTH_WORKERS = 5000
+# A CPU that runs the network too gives this share of its cores to worker processes; on two cores
+# they hold up the network more than decoding between its steps does (benchmarks/loader.py).
+WORKERS_BESIDE_NETWORK = 1 / 4
+# Decoded images that a process keeps, so that small ones are decoded once and not every epoch.
+REMEMBERED_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,8 @@ class Loader:
         batch_size: images a batch; in training over all processes, else of each.
         seed: of order and augmentation; None keeps the order of the source and every last image.
         mixup: alpha of the beta distribution of `Batch.mix`; 0 makes it all ones.
-        workers: processes that decode; None chooses by the processors and the number of images.
+        workers: processes that decode; None chooses by the cores and the number of images. With 0
+            the images that fit in a bounded memory are decoded only once.
         pin_memory: whether the batches go to a GPU.
         rank, size: this training process, and how many there are.
     """
@@ -146,7 +153,9 @@ class Loader:
         size: int = 1,
     ):
         if workers is None:
-            workers = 0 if len(images) < WORTH_WORKERS else max(1, (os.cpu_count() or 2) - 1)
+            workers = default_workers(len(images), beside_network=not pin_memory)
+        if workers == 0:
+            images = replace(images, decode=Remembered(images.decode))
         self.sampler = BatchSampler(images, batch_size, seed, rank, size)
         self._loader = DataLoader(
             Samples(images, transform, seed or 0, mixup),
@@ -171,6 +180,40 @@ class Loader:
         """
         self.sampler.epoch, self.sampler.skip = epoch, skip
         return iter(self._loader)
+
+
+def default_workers(images: int, *, beside_network: bool) -> int:
+    """Processes that decode for each training process, where none are asked for.
+
+    Args:
+        images: of the source.
+        beside_network: whether the network runs on the same CPU.
+    """
+    if images < WORTH_WORKERS:
+        return 0
+    can_say = hasattr(os, "sched_getaffinity")  # what a container or a scheduler grants
+    cores = len(os.sched_getaffinity(0)) if can_say else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(cores * WORKERS_BESIDE_NETWORK) if beside_network else max(1, cores - 1)
+
+
+class Remembered:
+    """A decoder that keeps what it has decoded, as long as there is room."""
+
+    def __init__(self, decode: Callable[[int], Image.Image], room: int = REMEMBERED_BYTES):
+        self.decode, self.room = decode, room
+        self.kept: dict[int, Image.Image] = {}
+
+    def __call__(self, index: int) -> Image.Image:
+        """The image of this index."""
+        if (kept := self.kept.get(index)) is not None:
+            return kept
+        image = self.decode(index)
+        size = 4 * image.width * image.height + 1024  # Pillow's pixels, and all else of an image
+        if size <= self.room:
+            self.room -= size
+            self.kept[index] = image
+        return image
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -22,6 +22,7 @@ class TrainConfig:
 
     Attributes:
         model: name of a network, with changed fields if need be: `repvgg_a0:a=0.5`.
+        block: what the network trains with: "repvgg", or another of blocks.py (Tables 6 and 7).
         pretrained: weights to begin with: a file, or `hub` for timm's published ones.
         data: folder with train/ and val/, each with a folder a class; `cifar10:DIR`; `digits`.
         epochs: passes over the training images.
@@ -56,6 +57,7 @@ class TrainConfig:
     """
 
     model: str = "repvgg_a0"
+    block: str = "repvgg"
     pretrained: str = ""
     data: str = ""
     epochs: int = 120
@@ -141,7 +143,8 @@ PLACE_FIELDS = ("data", "workers", "device", "checkpoint_minutes", "kept_checkpo
 
 def changed_fields(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields in which a config says another run than an earlier one: name → (earlier, now)."""
-    now = config.to_dict()
+    # A field that there was not yet had what is now its default.
+    now, earlier = config.to_dict(), {**TrainConfig().to_dict(), **earlier}
     return {
         name: (earlier.get(name), now.get(name))
         for name in sorted(now.keys() | earlier.keys())

@@ -23,12 +23,14 @@ def imagenet_200() -> TrainConfig:
 
 
 def cifar10() -> TrainConfig:
-    """32×32 images: a small RepVGG, in minutes on a CPU."""
+    """32×32 images: a small RepVGG, in an hour on two CPU cores."""
     return TrainConfig(
         model="repvgg_cifar",
-        epochs=10,
+        epochs=20,
         batch_size=128,
         base_batch_size=128,
+        warmup_epochs=2,
+        label_smoothing=0.1,
         weight_decay=5e-4,
         augmentation="shift-flip",
     )

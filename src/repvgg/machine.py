@@ -1,30 +1,39 @@
-"""What every benchmark shares: the header of its results."""
+"""What a measured figure depends on besides the code: processor, versions, threads, date."""
 
 import datetime
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-LIBRARIES = ("torch", "torchvision", "Pillow")
+LIBRARIES = ("torch", "torchvision", "timm", "onnxruntime", "openvino", "ncnn")
 
 
-def header() -> dict[str, Any]:
-    """What a result depends on besides the code: processor, versions, threads, date."""
+def machine_facts() -> dict[str, Any]:
+    """The header of a file of results."""
     facts = _processor()
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "machine": facts.get("model name") or platform.processor() or platform.machine(),
         "avx2": "avx2" in facts.get("flags", "").split(),
         "avx512": "avx512f" in facts.get("flags", "").split(),
         "cores": os.cpu_count(),
+        "gpus": gpus,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **{name: found for name in LIBRARIES if (found := _version(name))},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
     }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> dict[str, str]:

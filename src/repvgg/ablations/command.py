@@ -1,0 +1,50 @@
+"""The command `ablate`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import OmitArgPrefixes
+
+from repvgg.console import say
+from repvgg.errors import InputError
+from repvgg.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Train the rows of Tables 6 and 7 on your images, under the same settings and seeds.
+
+    A stopped ablation goes on where it was, within a run too.
+    """
+
+    output: Path
+    """Folder, which gets a run for each row and seed, the results and a chart."""
+    rows: tuple[str, ...] = ("all",)
+    """Names of blocks, `all`, or `paper` for those of Tables 6 and 7."""
+    seeds: int = 3
+    """Runs of each row."""
+    config: OmitArgPrefixes[TrainConfig] = field(
+        default_factory=lambda: TrainConfig(model="repvgg_b0")
+    )
+
+    def run(self) -> None:
+        from repvgg.ablations import run
+        from repvgg.reproduce.printed import TABLE6, TABLE7
+
+        if self.seeds < 1:
+            raise InputError(f"seeds: 1 or more needed, found {self.seeds}")
+        usual = TrainConfig()
+        for name, instead in (("seed", "seeds"), ("block", "rows")):
+            if getattr(self.config, name) != getattr(usual, name):
+                raise InputError(f"{name}: an ablation takes --{instead} in its place")
+        named = {"all": run.ROWS, "paper": tuple(run.PRINTED)}
+        rows = named.get(self.rows[0], self.rows) if len(self.rows) == 1 else self.rows
+        outcomes = run.ablate(self.config, self.output, rows, range(self.seeds))
+        title = f"{self.config.model}, {self.config.epochs} epochs of {self.config.data}"
+        report = run.report(outcomes, title, run.speeds(self.output, rows, 0))
+        report.show()
+        report.write_csv(self.output / "table.csv")
+        for table in (TABLE6, TABLE7):
+            run.orders(outcomes, table).show()
+        run.draw(self.output / "ablation.png", outcomes, title)
+        say(f"written: {self.output}/{run.RESULTS}, table.csv, ablation.png and .svg")

@@ -1,0 +1,242 @@
+"""Trains every row of Tables 6 and 7 under the same settings and seeds, and compares them."""
+
+import csv
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repvgg.checkpoint import load
+from repvgg.console import say
+from repvgg.errors import InputError
+from repvgg.files import written_aside
+from repvgg.model import RepVGG
+from repvgg.reparam import reparameterize
+from repvgg.reproduce.figures import write_figure
+from repvgg.reproduce.printed import TABLE6, TABLE7, PrintedAblation
+from repvgg.reproduce.report import Report
+from repvgg.timing import Times, time_in_turn
+from repvgg.training.config import TrainConfig
+from repvgg.training.loop import train
+from repvgg.verification import compare_outputs
+
+PRINTED = {row.block: row for row in (*TABLE6, *TABLE7)}
+# Rows that are not the paper's.
+LATER = {
+    "diverse_branch": "Diverse Branch Block",
+    "mobileone": "MobileOne, 4 × 3×3",
+    "quantization_aware": "QARepVGG",
+}
+ROWS = (*PRINTED, *LATER)
+RESULTS = "results.csv"
+SPEED_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A network that was trained.
+
+    Attributes:
+        block: its name in blocks.py.
+        seed: of its weights and of the order and augmentation of the images.
+        top1: share of the test images after the last epoch.
+        train_top1: share of the training images, augmented, in the last epoch.
+        conversion_error: relative, of the folded network in fp32; None if it cannot be folded.
+    """
+
+    block: str
+    seed: int
+    top1: float
+    train_top1: float
+    conversion_error: float | None
+
+
+def ablate(
+    config: TrainConfig, output: Path, rows: Sequence[str], seeds: Sequence[int]
+) -> list[Outcome]:
+    """Train every row with every seed, one after the other, or go on where this was stopped.
+
+    Args:
+        config: the settings that all share; its block and seed are not used.
+        output: a folder, which gets a run for each row and seed, and the results.
+        rows: names in `ROWS`.
+        seeds: of the runs; all rows with the first one come first.
+
+    Raises:
+        InputError: an unknown row, or what `train` raises.
+    """
+    if unknown := sorted(set(rows) - set(ROWS)):
+        raise InputError(f"rows: {', '.join(unknown)} unknown; {', '.join(ROWS)} exist")
+    outcomes = []
+    for number, (seed, block) in enumerate((s, b) for s in seeds for b in rows):
+        say(f"{block}, seed {seed}: run {number + 1} of {len(rows) * len(seeds)}")
+        folder = output / f"{block}-seed{seed}"
+        run = train(dataclasses.replace(config, block=block, seed=seed), folder)
+        last = run.read_history()[-1]
+        error = conversion_error(load(run.last))
+        outcomes.append(Outcome(block, seed, last["test_top1"], last["train_top1"], error))
+        write_outcomes(output / RESULTS, outcomes)
+    return outcomes
+
+
+def conversion_error(network: RepVGG) -> float | None:
+    """Relative error of the folded network's logits, in fp32; None if it cannot be folded."""
+    try:
+        plain = reparameterize(network)
+    except InputError:
+        return None
+    with torch.inference_mode():
+        images = _images(network, 16)
+        return compare_outputs(network(images), plain(images)).max_rel_error
+
+
+def _images(network: RepVGG, count: int) -> torch.Tensor:
+    size = network.preprocessing.size
+    shape = count, network.in_chans, size, size
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """As CSV, a row for each run."""
+    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Outcome)])
+        writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, outcomes))
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """What `write_outcomes` wrote.
+
+    Raises:
+        InputError: no such file, or something else in it.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [
+                Outcome(
+                    row["block"],
+                    int(row["seed"]),
+                    float(row["top1"]),
+                    float(row["train_top1"]),
+                    float(row["conversion_error"]) if row["conversion_error"] else None,
+                )
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: results of `repvgg ablate` are needed, found {error!r}"
+        ) from None
+
+
+def speeds(output: Path, blocks: Sequence[str], seed: int) -> dict[str, tuple[Times, Times | None]]:
+    """Inference of each row before and after conversion, in turn, in batches of 32."""
+    runners = {}
+    for block in blocks:
+        network = load(output / f"{block}-seed{seed}" / "last.safetensors").eval()
+        images = _images(network, SPEED_BATCH)
+        forms = {f"{block} trained": network}
+        if conversion_error(network) is not None:
+            forms[f"{block} plain"] = reparameterize(network)
+        for name, form in forms.items():
+            runners[name] = lambda form=form, images=images: form(images)
+    with torch.inference_mode():
+        times = time_in_turn(runners)
+    return {block: (times[f"{block} trained"], times.get(f"{block} plain")) for block in blocks}
+
+
+def report(
+    outcomes: Sequence[Outcome],
+    title: str,
+    times: dict[str, tuple[Times, Times | None]] | None = None,
+) -> Report:
+    """A row for each block: the paper's accuracy and ours, with the spread over the seeds."""
+    rows: list[tuple[Any, ...]] = []
+    for block, tops in tops_by_block(outcomes).items():
+        printed = PRINTED.get(block)
+        errors = [o.conversion_error for o in outcomes if o.block == block]
+        trained, plain = (times or {}).get(block, (None, None))
+        rows.append(
+            (
+                block,
+                printed.name if printed else LATER[block],
+                printed.top1 if printed else None,
+                round(100 * statistics.mean(tops), 2),
+                round(100 * statistics.stdev(tops), 2) if len(tops) > 1 else None,
+                len(tops),
+                printed.speed if printed else None,
+                round(SPEED_BATCH / trained.median, 1) if trained else None,
+                round(SPEED_BATCH / plain.median, 1) if plain else None,
+                "cannot" if None in errors else f"{max(filter(None, errors), default=0):.1e}",
+            )
+        )
+    columns = (
+        "block", "row", "paper: top-1 (%)", "top-1 (%)", "sd", "seeds", "paper: images/s before",
+        "images/s before", "images/s after", "conversion error",
+    )  # fmt: skip
+    return Report(title, columns, tuple(rows))
+
+
+def tops_by_block(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    """Accuracies of the seeds of each block, in the order of `ROWS`."""
+    return {
+        block: tops for block in ROWS if (tops := [o.top1 for o in outcomes if o.block == block])
+    }
+
+
+def orders(outcomes: Sequence[Outcome], table: Sequence[PrintedAblation]) -> Report:
+    """For each pair of rows that the paper orders: does the order hold, and how surely.
+
+    The standard error is that of the mean of the differences, seed by seed.
+    """
+    by_key = {(o.block, o.seed): o.top1 for o in outcomes}
+    rows = []
+    for index, first in enumerate(table):
+        for second in table[index + 1 :]:
+            better, worse = sorted((first, second), key=lambda row: -row.top1)
+            seeds = [o.seed for o in outcomes if o.block == better.block]
+            differences = [
+                100 * (by_key[better.block, seed] - by_key[worse.block, seed])
+                for seed in seeds
+                if (worse.block, seed) in by_key
+            ]
+            if len(differences) < 2:
+                continue
+            mean = statistics.mean(differences)
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+            rows.append(
+                (
+                    f"{better.name} > {worse.name}",
+                    round(better.top1 - worse.top1, 2),
+                    round(mean, 2),
+                    round(error, 2),
+                    "holds" if mean > 2 * error else "reversed" if mean < -2 * error else "open",
+                )
+            )
+    columns = "order in the paper", "paper: difference", "difference", "standard error", "here"
+    notes = ("Differences in percentage points; open: within two standard errors of none.",)
+    return Report("Orders", columns, tuple(rows), notes)
+
+
+def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
+    """Mean accuracy of each row with the seeds as points, as PNG and SVG."""
+    tops = tops_by_block(outcomes)
+
+    def bars(figure: Any) -> None:
+        ax = figure.subplots()
+        means = [100 * statistics.mean(values) for values in tops.values()]
+        ax.barh(range(len(tops)), means, color="lightsteelblue")
+        for place, values in enumerate(tops.values()):
+            ax.plot([100 * value for value in values], [place] * len(values), "k.", markersize=4)
+        names = [PRINTED[b].name if b in PRINTED else LATER[b] for b in tops]
+        ax.set_yticks(range(len(tops)), names)
+        ax.invert_yaxis()
+        ax.set_xlim(left=max(0, min(means) - 5))
+        ax.set_xlabel("test accuracy (%), a point for each seed")
+        ax.set_title(title, fontsize=10)
+
+    write_figure(path, bars, (8, 5))

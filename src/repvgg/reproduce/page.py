@@ -1,0 +1,77 @@
+"""One page of all results of a folder, each table with the paper's figure and ours side by side."""
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from repvgg.errors import InputError
+from repvgg.files import written_aside
+from repvgg.protocol import Protocol
+from repvgg.reproduce import table1, tables
+from repvgg.reproduce.printed import TABLE4, TABLE5
+from repvgg.reproduce.report import Report
+from repvgg.speed import Record, Speed
+
+HEADER = """# Results
+
+Figures of the paper ("paper: …") are as it prints them, measured on a 1080Ti; all others were
+computed or measured with this package. Made by `repvgg reproduce page --output {folder}` from the
+files there; each table says on which machine.
+"""
+
+
+def write_page(folder: Path, page: Path) -> None:
+    """Write a page of the records and pictures in a folder.
+
+    Raises:
+        InputError: no such folder, or no record in it.
+    """
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    sections = [section for path in files for section in _sections(path)]
+    if not sections:
+        raise InputError(f"{folder}: results of `repvgg reproduce` are needed, found none")
+    for path in files:
+        if path.name.startswith("figure") and path.suffix == ".png":
+            link = Path(os.path.relpath(path, page.parent)).as_posix()
+            sections.append(f"## {path.stem}\n\n![{path.stem}]({link})\n")
+    with written_aside(page) as aside:
+        text = "\n".join([HEADER.format(folder=folder.as_posix()), *sections])
+        aside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def _sections(path: Path) -> Iterator[str]:
+    kind = path.name.partition("-")[0]
+    if path.suffix == ".json" and kind in MAKERS:
+        record = Record.read(path)
+        facts = record.facts
+        where = f"{facts['machine']}, {facts['threads']} threads, torch {facts['torch']}"
+        for report in MAKERS[kind](record.speeds(), record.protocol) if record.seconds else ():
+            yield f"{report.markdown()}\nMeasured on {where}, {facts['date']} (`{path.name}`).\n"
+    elif path.name == "figure3.csv":
+        with open(path, newline="", encoding="utf-8") as file:
+            columns, *rows = csv.reader(file)
+        yield Report(FIGURE3, tuple(columns), tuple(map(tuple, rows))).markdown()
+
+
+def _of_speeds(speeds: list[Speed], protocol: Protocol) -> Iterator[Report]:
+    measured = {speed.name for speed in speeds}
+    for name, printed in (("Table 4", TABLE4), ("Table 5", TABLE5)):
+        if measured & {row.name for row in printed}:
+            yield tables.report(printed, speeds, f"{name} ({protocol.title})")
+    pairs = tables.speedups(TABLE4, speeds)
+    if pairs.rows:
+        yield pairs
+
+
+def _of_table1(speeds: list[Speed], protocol: Protocol) -> Iterator[Report]:
+    shape = speeds[0].channels, speeds[0].image_size
+    yield table1.report(speeds, shape, f"Table 1 ({protocol.title})")
+
+
+FIGURE3 = "Fig. 3: peak memory of activations"
+
+MAKERS: dict[str, Callable[[list[Speed], Protocol], Iterator[Report]]] = {
+    "speeds": _of_speeds,
+    "table1": _of_table1,
+}

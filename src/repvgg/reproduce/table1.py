@@ -1,0 +1,81 @@
+"""Table 1: the speed of kernel sizes, and which of them the library runs by Winograd (Sect. 2.4).
+
+A convolution's *density* is what it would have to compute in a second if it did all of its
+multiply-adds. Whether Winograd's algorithm is behind it is found as in the paper's footnote 3: a
+layer of stride 2 with as many multiply-adds cannot be run by it; where that is much slower, the
+layer of stride 1 was.
+"""
+
+from torch import nn
+
+from repvgg.reproduce.printed import TABLE1
+from repvgg.reproduce.report import Report
+from repvgg.speed import Contender, Speed
+
+# Channels and height of the input and the output: the paper's, and one for small machines.
+PAPER_SHAPE, SMALL_SHAPE = (2048, 56), (256, 56)
+SIZES = tuple(row.kernel_size for row in TABLE1)
+# So much slower a layer of stride 2 must be; without Winograd it is a few per cent, for the larger
+# input that it reads.
+SIGNIFICANTLY = 1.3
+
+
+def contenders(shape: tuple[int, int]) -> list[Contender]:
+    """A layer of stride 1 and one of stride 2 for each kernel size."""
+    channels, side = shape
+
+    def conv(size: int, stride: int) -> nn.Module:
+        layer = nn.Conv2d(channels, channels, size, stride, size // 2, bias=False)
+        return nn.Sequential(layer).eval()
+
+    return [
+        Contender(
+            name_of(size, stride), lambda s=size, t=stride: conv(s, t), side * stride, channels
+        )
+        for size in SIZES
+        for stride in (1, 2)
+    ]
+
+
+def name_of(size: int, stride: int) -> str:
+    """Of a row of the record."""
+    return f"{size}×{size}, stride {stride}"
+
+
+def report(speeds: list[Speed], shape: tuple[int, int], title: str) -> Report:
+    """The paper's figures beside ours."""
+    channels, side = shape
+    by_name = {speed.name: speed for speed in speeds}
+    rows = []
+    for printed in TABLE1:
+        size = printed.kernel_size
+        one, two = (by_name.get(name_of(size, stride)) for stride in (1, 2))
+        if one is None or two is None:
+            continue
+        macs = one.batch * (channels * side * size) ** 2
+        seconds = one.times.median
+        ratio = two.times.median / seconds
+        rows.append(
+            (
+                f"{size}×{size}",
+                printed.macs,
+                macs / 1e9,
+                printed.milliseconds,
+                1000 * seconds,
+                f"{100 * one.times.spread:.1f} %",
+                printed.tflops,
+                2 * macs / seconds / 1e12,
+                ratio,
+                "yes" if size > 1 and ratio > SIGNIFICANTLY else "no",
+            )
+        )
+    columns = (
+        "kernel", "paper: FLOPs (B)", "FLOPs (B)", "paper: ms", "ms", "±", "paper: TFLOPS",
+        "TFLOPS", "stride 2 ÷ stride 1", "Winograd",
+    )  # fmt: skip
+    notes = (
+        f"{channels} → {channels} channels, {side}×{side}, batch {speeds[0].batch}; the paper: "
+        "2048 channels, batch 32, on a 1080Ti. FLOPs are multiply-adds, TFLOPS count each as two. "
+        f"Winograd is assumed where the layer of stride 2 takes over {SIGNIFICANTLY} of the time.",
+    )
+    return Report(title, columns, tuple(rows), notes)
