@@ -1,12 +1,16 @@
 """Tables 6 and 7: each block is what its row says, and folds exactly, or is refused."""
 
 import dataclasses
+from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers.squeeze_excite import SEModule
+from timm.models.byobnet import LayerFn, RepVggBlock
 from torch import nn
 
 import repvgg
@@ -14,7 +18,7 @@ from repvgg.ablations import run
 from repvgg.ablations.branches import Dirac, PointwiseThen, Trivial, dirac_kernel
 from repvgg.ablations.residual import ResidualBlock, replace_conv3x3
 from repvgg.baselines import create_named
-from repvgg.blocks import BLOCKS, STAGES
+from repvgg.blocks import BLOCKS, PLAIN_OF, STAGES, is_plain, plain_name, trained_name
 from repvgg.branches import MultiBranchBlock
 from repvgg.errors import InputError
 from repvgg.model import create_model
@@ -23,7 +27,8 @@ from repvgg.reproduce.printed import TABLE6, TABLE7
 from repvgg.spec import Layer, Spec
 from repvgg.training.recipes import digits
 
-FOLDING = [name for name in BLOCKS if name not in ("plain", "relu_in_branches")]
+FOLDING = [name for name in BLOCKS if not is_plain(name) and name != "relu_in_branches"]
+WITH_RELU = [name for name in FOLDING if name not in PLAIN_OF]
 SPEC = Spec((1, 2, 4, 1), strides=(1, 2, 2, 1), widths=(4, 8, 8, 12), groups=2)
 
 
@@ -36,7 +41,7 @@ def random_block(name, layer, randomized, seed=0):
     return block.eval()
 
 
-@pytest.mark.parametrize("name", FOLDING)
+@pytest.mark.parametrize("name", WITH_RELU)
 @settings(deadline=None, max_examples=12)
 @given(
     channels=st.sampled_from([(4, 4), (4, 8), (8, 4)]),
@@ -65,7 +70,9 @@ def test_a_block_folds_exactly(
 @pytest.mark.parametrize("name", FOLDING)
 def test_every_network_becomes_the_same_plain_one(name, randomized, relative_error):
     network = randomized(create_model(SPEC, num_classes=3, block=name))
-    plain, usual = reparameterize(network), create_model(SPEC, num_classes=3, block="plain")
+    plain: Any = reparameterize(network)
+    usual = create_model(SPEC, num_classes=3, block=PLAIN_OF.get(name, "plain"))
+    assert (plain.block, trained_name(usual.block)) == (plain_name(name), trained_name(plain.block))
     assert {k: v.shape for k, v in plain.state_dict().items()} == {
         k: v.shape for k, v in usual.state_dict().items()
     }
@@ -97,7 +104,7 @@ def test_relu_in_the_branches_is_refused_with_the_reason():
 def test_the_rows_of_the_paper_are_there():
     blocks = {row.block for row in (*TABLE6, *TABLE7)}
     assert blocks <= {*BLOCKS, *STAGES}
-    assert set(run.ROWS) == {*BLOCKS, *STAGES} - {"plain"}
+    assert set(run.ROWS) == {name for name in (*BLOCKS, *STAGES) if not is_plain(name)}
 
 
 @pytest.mark.parametrize(
@@ -111,12 +118,13 @@ def test_the_rows_of_the_paper_are_there():
     ],
 )
 def test_blocks_have_the_branches_of_their_row(name, same, other):
-    assert list(BLOCKS[name](Layer(4, 4)).branches) == same
-    assert list(BLOCKS[name](Layer(4, 8)).branches) == other
+    for layer, expected in ((Layer(4, 4), same), (Layer(4, 8), other)):
+        block: Any = BLOCKS[name](layer)
+        assert list(block.branches) == expected
 
 
 def test_the_norm_comes_after_the_addition():
-    block = BLOCKS["norm_after_addition"](Layer(4, 4)).double().train()
+    block: Any = BLOCKS["norm_after_addition"](Layer(4, 4)).double().train()
     (total,) = block.branches.values()
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
     parts = total.branches
@@ -155,7 +163,8 @@ def test_residual_reorg_has_the_blocks_that_the_paper_says():
     with torch.device("meta"):
         network = create_model("repvgg_b0", block="residual_reorg")
         plain = create_model("repvgg_b0", block="plain")
-    counts = [sum(isinstance(m, ResidualBlock) for m in stage) for stage in network.stages]
+    stages = network.stages.children()
+    counts = [sum(isinstance(m, ResidualBlock) for m in stage.children()) for stage in stages]
     assert counts == [0, 2, 3, 8, 0]
 
     def convs(model):
@@ -173,7 +182,7 @@ def test_residual_reorg_has_the_blocks_that_the_paper_says():
 def test_residual_reorg_computes_a_shortcut(randomized, relative_error):
     spec = Spec((1, 2, 1), strides=(1, 2, 1), widths=(4, 6, 4))
     network = randomized(create_model(spec, block="residual_reorg")).double().eval()
-    block = network.stages[1][0]
+    block: Any = network.stages.get_submodule("1.0")
     x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
 
     def conv_bn(conv, bn, x):
@@ -182,7 +191,7 @@ def test_residual_reorg_computes_a_shortcut(randomized, relative_error):
 
     first, second = block.first.branches.conv3x3, block.second.branches.conv3x3
     y = conv_bn(second.conv, second.bn, conv_bn(first.conv, first.bn, x).relu())
-    expected = (y + conv_bn(*block.shortcut, x)).relu()
+    expected = (y + conv_bn(block.shortcut[0], block.shortcut[1], x)).relu()
     torch.testing.assert_close(block(x), expected)
     images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     conversion = convert(network)
@@ -209,6 +218,44 @@ def test_every_3x3_convolution_of_resnet_50_becomes_a_block_and_back(randomized,
         assert relative_error(replaced(x), conversion.model(x)) <= 1e-4
     with pytest.raises(InputError, match="a 3×3 convolution is needed"):
         replace_conv3x3(nn.Linear(3, 3))
+
+
+def test_a_converted_network_with_attention_is_saved_and_loaded(randomized, tmp_path):
+    network = randomized(create_model(SPEC, num_classes=3, block="squeeze_excite"))
+    plain = reparameterize(network)
+    repvgg.save(plain, tmp_path / "plain.safetensors")
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(repvgg.load(tmp_path / "plain.safetensors")(x), plain(x))
+
+
+def test_d2se_is_timms(relative_error):
+    def shapes(model):
+        return sorted(tuple(p.shape) for p in model.parameters())
+
+    with torch.device("meta"):
+        assert shapes(create_model("repvgg_d2se")) == shapes(timm.create_model("repvgg_d2se"))
+    torch.manual_seed(0)
+    ours = create_model(Spec((2,), strides=(1,), widths=(32,)), block="squeeze_excite")
+    attention: Any = squeeze_of_timm
+    theirs: Any = RepVggBlock(32, 32, layers=LayerFn(act=nn.SiLU, attn=attention)).eval()
+    block: Any = ours.stages.get_submodule("0.1").eval()
+    pairs = {
+        "conv_kxk": block.branches.conv3x3,
+        "conv_1x1": block.branches.conv1x1,
+    }
+    for name, branch in pairs.items():
+        getattr(theirs, name).conv.load_state_dict(branch.conv.state_dict())
+    squeeze = block.activation[0]
+    theirs.attn.fc1.load_state_dict(squeeze.fc1.state_dict())
+    theirs.attn.fc2.load_state_dict(squeeze.fc2.state_dict())
+    x = torch.randn(2, 32, 5, 5)
+    with torch.no_grad():
+        assert relative_error(theirs(x), block(x)) <= 1e-6
+
+
+def squeeze_of_timm(channels, **options):
+    return SEModule(channels, rd_ratio=1 / 16, rd_divisor=1, **options)
 
 
 SHORT = dataclasses.replace(

@@ -7,7 +7,15 @@ import timm
 import torch
 
 from repvgg.errors import InputError
-from repvgg.spec import SMALL_IMAGE_VARIANTS, VARIANTS, Layer, Spec, list_models, parse_spec
+from repvgg.spec import (
+    LATER_VARIANTS,
+    SMALL_IMAGE_VARIANTS,
+    VARIANTS,
+    Layer,
+    Spec,
+    list_models,
+    parse_spec,
+)
 
 A, B = (1, 2, 4, 14, 1), (1, 4, 6, 16, 1)
 
@@ -168,7 +176,7 @@ def test_a_spec_comes_back_from_json(spec):
 
 
 def test_models_are_listed_by_pattern():
-    assert list_models() == [*VARIANTS, *SMALL_IMAGE_VARIANTS]
+    assert list_models() == [*VARIANTS, *LATER_VARIANTS, *SMALL_IMAGE_VARIANTS]
     assert list_models("repvgg_b*g4") == ["repvgg_b1g4", "repvgg_b2g4", "repvgg_b3g4"]
     assert list_models("resnet*") == []
 

@@ -27,7 +27,35 @@ BLOCKS: dict[str, BlockFactory] = {
     "diverse_branch": blocks.diverse_branch,
     "mobileone": blocks.mobileone,
     "quantization_aware": blocks.quantization_aware,
+    "squeeze_excite": blocks.squeeze_excite,
+    "squeeze_excite_plain": blocks.squeeze_excite_plain,
+    "post_squeeze_excite": blocks.post_squeeze_excite,
+    "post_squeeze_excite_plain": blocks.post_squeeze_excite_plain,
 }
+
+
+# What a trained block becomes, where that is more than a convolution and ReLU.
+PLAIN_OF = {
+    "squeeze_excite": "squeeze_excite_plain",
+    "post_squeeze_excite": "post_squeeze_excite_plain",
+}
+
+
+def is_plain(block: str) -> bool:
+    """Whether nothing of a block is left to fold."""
+    return block == "plain" or block in PLAIN_OF.values()
+
+
+def plain_name(block: str) -> str:
+    """The name of what a block becomes; its own if it stays as it is."""
+    return block if is_plain(block) or block in STAGES else PLAIN_OF.get(block, "plain")
+
+
+def trained_name(block: str) -> str:
+    """The name of the usual block that becomes this one; its own if it is not plain."""
+    usual = {plain: trained for trained, plain in PLAIN_OF.items()}
+    return usual.get(block, "repvgg") if is_plain(block) else block
+
 
 # Of these a stage is made as a whole: they are no blocks of one layer, and never become plain.
 STAGES: dict[str, Callable[[Sequence[Layer]], list[nn.Module]]] = {

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from repvgg.blocks import is_plain, trained_name
 from repvgg.errors import InputError
 from repvgg.files import existing_file, written_aside
 from repvgg.foreign import read_state_dict, to_our_names
@@ -175,19 +176,19 @@ def _form(state: Mapping[str, Tensor]) -> str:
 def _fill(model: RepVGG, path: str | Path, naming: str, state: dict[str, Tensor]) -> LoadedWeights:
     """Load a state dict of our names into a model, folding it first if need be."""
     form = _form(state)
-    if form == "plain" and model.block != "plain":
+    if form == "plain" and not is_plain(model.block):
         raise InputError(
             f"{path}: holds a plain network, from which the branches cannot be had back; "
             "create the model with block='plain'"
         )
-    trained = "repvgg" if model.block == "plain" else model.block
-    network = _on_meta({**model.config(), "block": "plain" if form == "plain" else trained})
+    block = model.block if form == "plain" else trained_name(model.block)
+    network = _on_meta({**model.config(), "block": block})
     for name, tensor in network.state_dict().items():
         if name.endswith(".num_batches_tracked"):  # old files lack it, and inference needs it not
             state.setdefault(name, torch.zeros(tensor.shape, dtype=tensor.dtype))
     head_note = _settle_head(state, model)
     _check_tensors(network, state, str(path))
-    converted = form == "train" and model.block == "plain"
+    converted = form == "train" and is_plain(model.block)
     if converted:
         network.load_state_dict(state, assign=True)
         state = convert(network, fold_pairs=False).model.state_dict()

@@ -138,12 +138,13 @@ class Convert:
     """Largest error relative to the largest logit; by the precision of the file if not given."""
 
     def run(self) -> None:
+        from repvgg.blocks import is_plain
         from repvgg.checkpoint import save
         from repvgg.reparam import convert
         from repvgg.verification import verify
 
         network = _load(self.model, self.name)
-        if network.block == "plain":
+        if is_plain(network.block):
             raise InputError(f"{self.model}: a training-time network is needed, found a plain one")
         conversion = convert(network)
         inputs = _inputs(network, self.data)

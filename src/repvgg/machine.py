@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("torch", "torchvision", "timm", "onnxruntime", "openvino", "ncnn")
+LIBRARIES = ("torch", "torchvision", "timm", "onnxruntime", "openvino")
 
 
 def machine_facts() -> dict[str, Any]:

@@ -16,10 +16,17 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 
-from repvgg.blocks import BLOCKS, STAGES, build_stage
+from repvgg.blocks import BLOCKS, STAGES, build_stage, plain_name
 from repvgg.errors import InputError
 from repvgg.preprocessing import Preprocessing
-from repvgg.spec import DEFAULT_IMAGE_SIZE, IMAGE_SIZES, VARIANTS, Spec, parse_spec
+from repvgg.spec import (
+    DEFAULT_IMAGE_SIZE,
+    IMAGE_SIZES,
+    NAMED_BLOCKS,
+    VARIANTS,
+    Spec,
+    parse_spec,
+)
 
 HUB_FILE = "model.safetensors"
 
@@ -330,10 +337,20 @@ def create_model(
     if isinstance(model, str) and options.get("preprocessing") is None:
         size = IMAGE_SIZES.get(model.partition(":")[0], DEFAULT_IMAGE_SIZE)
         options["preprocessing"] = Preprocessing.for_channels(in_chans, size)
+    options["block"] = _block_of(model, options.get("block"))
     network = RepVGG(spec, num_classes, in_chans, **options)
     if pretrained:
         _load_pretrained(network, model)
     return FeatureExtractor(network, out_indices) if features_only else network
+
+
+def _block_of(model: str | Spec, block: str | None) -> str:
+    """The block that is asked for; where none or "plain" is, the named network's own."""
+    name = model.partition(":")[0] if isinstance(model, str) else ""
+    trained = NAMED_BLOCKS.get(name, "repvgg")
+    if block is None:
+        return trained
+    return plain_name(trained) if block == "plain" else block
 
 
 def _load_pretrained(network: RepVGG, model: str | Spec) -> None:

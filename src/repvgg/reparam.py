@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from repvgg.blocks import BLOCKS
+from repvgg.blocks import plain_name
 from repvgg.branches import MultiBranchBlock
 from repvgg.errors import InputError
 from repvgg.fold import fold_conv_and_norm
@@ -94,8 +94,8 @@ def convert(model: nn.Module, *, fold_pairs: bool = True) -> Conversion:
             memo[id(module)] = copy.deepcopy(inner, memo)
     plain = copy.deepcopy(model, memo).eval()
     for module in plain.modules():
-        if isinstance(module, RepVGG) and module.block in BLOCKS:
-            module.block = "plain"
+        if isinstance(module, RepVGG):
+            module.block = plain_name(module.block)
     return Conversion(
         plain,
         blocks=tuple(name for name, module in plain.named_modules() if module in plain_blocks),

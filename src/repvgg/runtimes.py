@@ -1,4 +1,4 @@
-"""Ways to run a network: PyTorch, compiled PyTorch, ONNX Runtime, OpenVINO, ncnn.
+"""Ways to run a network: PyTorch, compiled PyTorch, ONNX Runtime, OpenVINO.
 
 Each takes a network and a batch of images, and gives a call that computes the logits. All that a
 runtime does once (export, compilation, its own layout of the weights) is done before.
@@ -6,9 +6,7 @@ runtime does once (export, compilation, its own layout of the weights) is done b
 
 import contextlib
 import copy
-import importlib
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +27,6 @@ MODULES: dict[Runtime, tuple[str, ...]] = {
     "compile": (),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
-    "ncnn": ("ncnn", "pnnx"),
 }
 
 
@@ -136,38 +133,7 @@ def _as_onnx(network: nn.Module, images: Tensor) -> Iterator[Path]:
         yield path
 
 
-def _ncnn(network: nn.Module, images: Tensor, threads: int) -> Runner:
-    """ncnn runs one image at a time."""
-    import pnnx
-
-    ncnn: Any = importlib.import_module("ncnn")  # of which type checkers see nothing
-    net = ncnn.Net()
-    net.opt.num_threads = threads
-    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
-    net.opt.use_bf16_storage = False
-    with tempfile.TemporaryDirectory() as folder:
-        stem = Path(folder) / "network"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it uses what PyTorch calls deprecated
-            pnnx.export(network, f"{stem}.pt", images[:1], fp16=False)
-        net.load_param(f"{stem}.ncnn.param")
-        net.load_model(f"{stem}.ncnn.bin")
-    arrays = [image.numpy() for image in images]
-
-    def runner() -> Tensor:
-        logits = []
-        for array in arrays:
-            extractor = net.create_extractor()
-            extractor.input("in0", ncnn.Mat(array))
-            _, output = extractor.extract("out0")
-            logits.append(torch.from_numpy(output.numpy().copy()))
-        return torch.stack(logits)
-
-    return runner
-
-
 OTHERS: dict[Runtime, Callable[[nn.Module, Tensor, int], Runner]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
-    "ncnn": _ncnn,
 }

@@ -211,6 +211,13 @@ VARIANTS: dict[str, Spec] = {
     "repvgg_b3g4": Spec(B_DEPTHS, a=3, b=5, groups=4),
 }
 
+# Deeper ones that were published later, with squeeze-and-excitation.
+D2_SPEC = Spec((1, 8, 14, 24, 1), a=2.5, b=5)
+LATER_VARIANTS: dict[str, Spec] = {"repvgg_d2se": D2_SPEC, "repvggplus_l2pse": D2_SPEC}
+
+# The training-time block of a named network, if it is not that of Sect. 3.2.
+NAMED_BLOCKS = {"repvgg_d2se": "squeeze_excite", "repvggplus_l2pse": "post_squeeze_excite"}
+
 # For small images, which the five stride-2 stages of the paper would reduce to nothing.
 SMALL_IMAGE_VARIANTS: dict[str, Spec] = {
     "repvgg_digits": Spec((1, 2, 4, 1), strides=(1, 2, 2, 1), widths=(16, 32, 64, 128)),
@@ -224,7 +231,7 @@ DEFAULT_IMAGE_SIZE = 224
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` takes, by shell pattern: `list_models("repvgg_b*g4")`."""
-    return fnmatch.filter([*VARIANTS, *SMALL_IMAGE_VARIANTS], pattern)
+    return fnmatch.filter([*VARIANTS, *LATER_VARIANTS, *SMALL_IMAGE_VARIANTS], pattern)
 
 
 def parse_spec(text: str) -> Spec:
@@ -238,7 +245,7 @@ def parse_spec(text: str) -> Spec:
         InputError: an unknown name or field, or a value that cannot be read.
     """
     name, _, overrides = text.partition(":")
-    spec = {**VARIANTS, **SMALL_IMAGE_VARIANTS}.get(name)
+    spec = {**VARIANTS, **LATER_VARIANTS, **SMALL_IMAGE_VARIANTS}.get(name)
     if spec is None:
         raise InputError(f"model {name!r} is unknown; one of {', '.join(list_models())} needed")
     fields: dict[str, Any] = {}

@@ -4,6 +4,11 @@ Each is a function from a layer to a block, so that `create_model(…, block=NAM
 it; all but "relu_in_branches" fold into the same plain network.
 """
 
+from collections import OrderedDict
+
+from torch import nn
+from torchvision.ops import SqueezeExcitation
+
 from repvgg.ablations.branches import (
     Conv,
     Dirac,
@@ -14,6 +19,7 @@ from repvgg.ablations.branches import (
     Trivial,
 )
 from repvgg.branches import Branch, ConvBN, IdentityBN, MultiBranchBlock
+from repvgg.plain import plain_conv
 from repvgg.spec import Layer
 
 MOBILEONE_BRANCHES = 4
@@ -116,3 +122,37 @@ def quantization_aware(layer: Layer) -> MultiBranchBlock:
     if layer.keeps_shape:
         branches["identity"] = Identity(layer)
     return MultiBranchBlock(layer, {"sum": NormedSum(layer, branches)})
+
+
+def squeeze_excite(layer: Layer) -> MultiBranchBlock:
+    """Of timm's RepVGG-D2se: squeeze-and-excitation of 1/16 after the addition, then SiLU."""
+    return MultiBranchBlock(layer, standard(layer), _squeeze_then_silu(layer))
+
+
+def squeeze_excite_plain(layer: Layer) -> nn.Sequential:
+    """What `squeeze_excite` becomes."""
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](conv=plain_conv(layer), activation=_squeeze_then_silu(layer))
+    )
+
+
+def post_squeeze_excite(layer: Layer) -> MultiBranchBlock:
+    """Of the authors' RepVGGplus: squeeze-and-excitation of 1/4 after the ReLU."""
+    return MultiBranchBlock(layer, standard(layer), _relu_then_squeeze(layer))
+
+
+def post_squeeze_excite_plain(layer: Layer) -> nn.Sequential:
+    """What `post_squeeze_excite` becomes."""
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](conv=plain_conv(layer), activation=_relu_then_squeeze(layer))
+    )
+
+
+def _squeeze_then_silu(layer: Layer) -> nn.Sequential:
+    width = layer.out_channels
+    return nn.Sequential(SqueezeExcitation(width, max(1, width // 16)), nn.SiLU(inplace=True))
+
+
+def _relu_then_squeeze(layer: Layer) -> nn.Sequential:
+    width = layer.out_channels
+    return nn.Sequential(nn.ReLU(inplace=True), SqueezeExcitation(width, max(1, width // 4)))

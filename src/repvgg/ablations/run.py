@@ -31,6 +31,8 @@ LATER = {
     "diverse_branch": "Diverse Branch Block",
     "mobileone": "MobileOne, 4 × 3×3",
     "quantization_aware": "QARepVGG",
+    "squeeze_excite": "RepVGG-D2se",
+    "post_squeeze_excite": "RepVGGplus",
 }
 ROWS = (*PRINTED, *LATER)
 RESULTS = "results.csv"
@@ -106,7 +108,7 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
     with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Outcome)])
         writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, outcomes))
+        writer.writerows(dataclasses.asdict(outcome) for outcome in outcomes)
 
 
 def read_outcomes(path: Path) -> list[Outcome]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repvgg.blocks import is_plain
 from repvgg.console import progress_bar
 from repvgg.model import RepVGG
 from repvgg.protocol import Protocol, Runtime
@@ -37,7 +38,7 @@ def bench(
     network = network.float().eval()
     plain = reparameterize(network)
     forms: dict[tuple[str, Runtime], nn.Module] = {}
-    if network.block != "plain":
+    if not is_plain(network.block):
         forms["training-time", "torch"] = network
     for runtime in installed_runtimes():
         if runtime != "compile" or compiled:

@@ -22,7 +22,7 @@ class TrainConfig:
 
     Attributes:
         model: name of a network, with changed fields if need be: `repvgg_a0:a=0.5`.
-        block: what the network trains with: "repvgg", or another of blocks.py (Tables 6 and 7).
+        block: what the network trains with, of blocks.py (Tables 6 and 7); its own if empty.
         pretrained: weights to begin with: a file, or `hub` for timm's published ones.
         data: folder with train/ and val/, each with a folder a class; `cifar10:DIR`; `digits`.
         epochs: passes over the training images.
@@ -57,7 +57,7 @@ class TrainConfig:
     """
 
     model: str = "repvgg_a0"
-    block: str = "repvgg"
+    block: str = ""
     pretrained: str = ""
     data: str = ""
     epochs: int = 120

@@ -68,7 +68,7 @@ def build_network(config: TrainConfig, images: Images) -> RepVGG:
         preprocessing = Preprocessing.for_channels(images.channels, config.image_size)
     network = create_model(
         config.model,
-        block=config.block,
+        block=config.block or None,
         pretrained=config.pretrained == "hub",
         num_classes=len(images.class_names),
         in_chans=images.channels,
