@@ -271,8 +271,16 @@ def test_an_ablation_trains_every_row_and_goes_on(tmp_path, capsys):
     assert run.read_outcomes(tmp_path / run.RESULTS) == outcomes
     capsys.readouterr()
     assert run.ablate(SHORT, tmp_path, rows, range(2)) == outcomes
-    assert capsys.readouterr().out.count("going on at step 0 of epoch 2 of 1") == 6
-    report = run.report(outcomes, "Title", run.speeds(tmp_path, rows, 0))
+    assert "loss" not in capsys.readouterr().out  # nothing is trained again
+    more = run.ablate(SHORT, tmp_path, ("trivial",), range(1))
+    assert more[:6] == outcomes
+    assert [(o.block, o.seed) for o in more[6:]] == [("trivial", 0)]
+    assert run.read_outcomes(tmp_path / run.RESULTS) == more
+    with pytest.raises(InputError, match="epochs 1 → 2"):
+        run.ablate(dataclasses.replace(SHORT, epochs=2), tmp_path, rows, range(1))
+    times = run.speeds(tmp_path, outcomes)
+    assert [plain is None for _, plain in times.values()] == [False, True, False]
+    report = run.report(outcomes, "Title", times)
     assert [row[0] for row in report.rows] == [b for b in run.ROWS if b in rows]
     run.draw(tmp_path / "chart.png", outcomes, "Title")
     with pytest.raises(InputError, match="rows: sgd unknown"):

@@ -9,6 +9,7 @@ from repvgg.baselines import BASELINES, create_named, image_size_of
 from repvgg.data.images import decode_image, find_images
 from repvgg.data.transforms import evaluation_transform, normalize
 from repvgg.errors import InputError
+from repvgg.model import RepVGG
 from repvgg.preprocessing import Preprocessing
 from repvgg.reparam import convert
 from repvgg.reproduce.printed import TABLE4, TABLE5
@@ -52,6 +53,15 @@ def test_ours_are_found_by_both_names():
         expected = sum(p.numel() for p in timm.create_model("repvgg_b1g4").parameters())
         for name in ("RepVGG-B1g4", "repvgg_b1g4"):
             assert sum(p.numel() for p in create_named(name).parameters()) == expected
+
+
+def test_a_network_runs_at_the_size_that_it_is_meant_for():
+    names = ("RepVGG-A0", "EfficientNet-B3", "repvgg_cifar", "resnet50", "swinv2_tiny_window8_256")
+    assert [image_size_of(name) for name in names] == [224, 300, 32, 224, 256]
+    with torch.device("meta"):
+        changed = create_named("repvgg_digits:strides=1-1-2-1")
+    assert isinstance(changed, RepVGG)
+    assert changed.spec.strides == (1, 1, 2, 1)
 
 
 def test_an_unknown_name_is_refused_and_a_near_one_told():

@@ -12,7 +12,7 @@ from repvgg.protocol import Protocol
 from repvgg.reproduce import command, table1, tables
 from repvgg.reproduce.bench import bench, draw
 from repvgg.reproduce.command import Compare, Reproduce
-from repvgg.reproduce.figures import draw_figure1
+from repvgg.reproduce.figures import _label, draw_figure1
 from repvgg.reproduce.page import write_page
 from repvgg.reproduce.printed import PAIRS, TABLE1, TABLE4, TABLE5
 from repvgg.reproduce.report import Report
@@ -53,7 +53,7 @@ def test_table_4_shows_the_paper_beside_what_was_measured():
 
 def test_speed_ups_are_ratios_of_the_medians():
     pair = [speed("RepVGG-A0", (1.0, 2.0, 3.0)), speed("ResNet-18", (3.0, 3.0, 3.0))]
-    found = tables.speedups(TABLE4, pair)
+    found = tables.speedups(TABLE4, pair, "where")
     assert [row[:4] for row in found.rows] == [("RepVGG-A0 / ResNet-18", 1.33, 1.333, 1.5)]
 
 
@@ -84,13 +84,13 @@ def test_both_layers_of_a_row_of_table_1_do_the_same_work():
 
 
 def test_a_report_is_a_csv_and_a_section_of_a_page(tmp_path):
-    report = Report("Title", ("network", "images/s"), (("a", 0.123456), ("b", None)), ("Note.",))
+    report = Report("Title", ("network", "images/s"), (("a", 110.96), ("b", None)), ("Note.",))
     report.write_csv(tmp_path / "report.csv")
     with open(tmp_path / "report.csv", newline="") as file:
-        assert list(csv.reader(file)) == [["network", "images/s"], ["a", "0.123456"], ["b", ""]]
+        assert list(csv.reader(file)) == [["network", "images/s"], ["a", "110.96"], ["b", ""]]
     assert report.markdown().splitlines() == [
         *("## Title", "", "| network | images/s |", "| --- | ---: |"),
-        *("| a | 0.1235 |", "| b |  |", "", "Note."),
+        *("| a | 110.96 |", "| b |  |", "", "Note."),
     ]
 
 
@@ -102,6 +102,23 @@ def test_figure_1_is_drawn_twice(tmp_path):
         assert min(image.size) > 500
     text = "".join(ET.parse(tmp_path / "figure1.svg").getroot().itertext())
     assert all(name in text for name in names)
+
+
+def test_labels_of_close_points_do_not_touch():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5))
+    canvas = FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    points = {f"RepVGG-B{n}": (10 + 0.1 * n, 78 + 0.02 * n) for n in range(5)}
+    ax.plot(*zip(*points.values(), strict=True), "o")
+    ax.set(xlim=(5, 15), ylim=(77, 79))
+    canvas.draw()
+    _label(ax, points)
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in ax.texts]
+    assert [text.get_text() for text in ax.texts] == list(points)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from torch import nn
 
 from repvgg.errors import InputError
 from repvgg.model import create_model
+from repvgg.spec import DEFAULT_IMAGE_SIZE, IMAGE_SIZES
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,31 @@ def create_named(name: str, num_classes: int = 1000) -> nn.Module:
         baseline = BASELINES[name]
         network = _from_timm(baseline.timm_name, num_classes)
         return move_strides_first(network) if baseline.stride_first else network
-    ours = name.lower().replace("-", "_")
-    if ours.startswith("repvgg"):
-        return create_model(ours, num_classes=num_classes).eval()
+    if _is_ours(name):
+        return create_model(_our_name(name), num_classes=num_classes).eval()
     return _from_timm(name, num_classes)
 
 
 def image_size_of(name: str) -> int:
-    """Height and width in pixels at which the paper runs a network, 224 for all but one."""
-    return BASELINES[name].image_size if name in BASELINES else 224
+    """Height and width in pixels at which the paper runs a network, or for which it is meant."""
+    if name in BASELINES:
+        return BASELINES[name].image_size
+    if _is_ours(name):
+        return IMAGE_SIZES.get(_our_name(name).partition(":")[0], DEFAULT_IMAGE_SIZE)
+    import timm
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return config.input_size[-1] if config else DEFAULT_IMAGE_SIZE
+
+
+def _is_ours(name: str) -> bool:
+    return name.lower().startswith("repvgg")
+
+
+def _our_name(name: str) -> str:
+    """RepVGG-A0 as repvgg_a0; what follows a colon stays."""
+    stem, colon, fields = name.partition(":")
+    return f"{stem.lower().replace('-', '_')}{colon}{fields}"
 
 
 def move_strides_first(network: nn.Module) -> nn.Module:

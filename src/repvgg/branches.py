@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.errors import InputError
-from repvgg.fold import fold_conv_and_norm, fold_norm, pad_to_3x3
+from repvgg.fold import fold_conv_and_norm, fold_norm, pad_to_3x3, to_fp64
 from repvgg.spec import Layer
 
 
@@ -29,8 +29,8 @@ class Branch(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must state its equivalent kernel")
 
 
-class ConvBN(Branch):
-    """Convolution of 3×3, 1×1, 1×3 or 3×1, then batch norm.
+class Conv(Branch):
+    """Convolution of 3×3, 1×1, 1×3 or 3×1, without batch norm.
 
     Args:
         layer: the 3×3 layer that this is a branch of.
@@ -62,13 +62,29 @@ class ConvBN(Branch):
             bias=False,
             padding_mode=layer.padding_mode,
         )
-        self.bn = nn.BatchNorm2d(layer.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, O, ⌈H/s⌉, ⌈W/s⌉)."""
         if self.slice_step > 1:
             x = x[..., :: self.slice_step, :: self.slice_step]
-        return self.bn(self.conv(x))
+        return self.conv(x)
+
+    def equivalent(self) -> tuple[Tensor, Tensor]:
+        """See `Branch.equivalent`."""
+        kernel = to_fp64(self.conv.weight)
+        return pad_to_3x3(kernel), kernel.new_zeros(len(kernel))
+
+
+class ConvBN(Conv):
+    """A convolution, then batch norm; arguments and errors as of `Conv`."""
+
+    def __init__(self, layer: Layer, kernel_size: tuple[int, int] = (3, 3)):
+        super().__init__(layer, kernel_size)
+        self.bn = nn.BatchNorm2d(layer.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, O, ⌈H/s⌉, ⌈W/s⌉)."""
+        return self.bn(super().forward(x))
 
     def equivalent(self) -> tuple[Tensor, Tensor]:
         """See `Branch.equivalent`."""

@@ -138,7 +138,7 @@ class Convert:
     """Largest error relative to the largest logit; by the precision of the file if not given."""
 
     def run(self) -> None:
-        from repvgg.blocks import is_plain
+        from repvgg.blocks import STAGES, is_plain
         from repvgg.checkpoint import save
         from repvgg.reparam import convert
         from repvgg.verification import verify
@@ -146,6 +146,11 @@ class Convert:
         network = _load(self.model, self.name)
         if is_plain(network.block):
             raise InputError(f"{self.model}: a training-time network is needed, found a plain one")
+        if network.block in STAGES:
+            raise InputError(
+                f"{self.model}: {network.block} keeps its shortcuts, so that there is no plain "
+                "network of it"
+            )
         conversion = convert(network)
         inputs = _inputs(network, self.data)
         bound = self.max_rel_error

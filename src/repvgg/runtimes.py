@@ -59,7 +59,8 @@ def prepare(network: nn.Module, images: Tensor, protocol: Protocol) -> Runner:
     Args:
         network: in eval mode; it is copied, not changed.
         images: (N, C, H, W) fp32.
-        protocol: how to run it; the batch is that of the images.
+        protocol: how to run it; the batch is that of the images. PyTorch's own number of threads
+            and its GPU settings become what it says.
 
     Raises:
         InputError: the runtime is not installed, or there is no such device.
@@ -84,13 +85,14 @@ def _torch(network: nn.Module, images: Tensor, protocol: Protocol) -> Runner:
     x = images.to(device, dtype).contiguous(memory_format=layout)
     run: Any = torch.compile(network) if protocol.runtime == "compile" else network
 
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = protocol.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = protocol.precision == "tf32"
+        torch.backends.cudnn.benchmark = True
+    elif protocol.threads:
+        torch.set_num_threads(protocol.threads)
+
     def runner() -> Tensor:
-        if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = protocol.precision == "tf32"
-            torch.backends.cuda.matmul.allow_tf32 = protocol.precision == "tf32"
-            torch.backends.cudnn.benchmark = True
-        elif protocol.threads and protocol.threads != torch.get_num_threads():
-            torch.set_num_threads(protocol.threads)
         with torch.inference_mode():
             return run(x)
 

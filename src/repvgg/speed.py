@@ -18,9 +18,6 @@ from repvgg.protocol import Protocol
 from repvgg.runtimes import Runner, prepare
 from repvgg.timing import Times, rounds_in_turn, seconds_of
 
-# What two measurements must share to stand in one table.
-SAME_MACHINE = ("machine", "gpus", "cores", "torch")
-
 
 @dataclass(frozen=True)
 class Contender:
@@ -122,13 +119,13 @@ class Record:
 
     def _take_over(self) -> None:
         earlier = self._load()
-        different = [name for name in SAME_MACHINE if earlier.get(name) != self.facts.get(name)]
-        if earlier.get("protocol") != self.facts["protocol"] or different:
-            raise InputError(
-                f"{self.path}: was measured with another {', '.join(different) or 'protocol'}; "
-                "another output, or --restart, is needed"
-            )
         self.facts["date"] = earlier.get("date")
+        names = sorted(earlier.keys() | self.facts.keys())
+        if different := [name for name in names if earlier.get(name) != self.facts.get(name)]:
+            raise InputError(
+                f"{self.path}: was measured with another {', '.join(different)}; another output, "
+                "or --restart, is needed"
+            )
 
     def write(self) -> None:
         """All that was measured so far."""

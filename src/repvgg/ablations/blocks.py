@@ -10,7 +10,6 @@ from torch import nn
 from torchvision.ops import SqueezeExcitation
 
 from repvgg.ablations.branches import (
-    Conv,
     Dirac,
     Identity,
     NormedSum,
@@ -18,7 +17,7 @@ from repvgg.ablations.branches import (
     Rectified,
     Trivial,
 )
-from repvgg.branches import Branch, ConvBN, IdentityBN, MultiBranchBlock
+from repvgg.branches import Branch, Conv, ConvBN, IdentityBN, MultiBranchBlock
 from repvgg.plain import plain_conv
 from repvgg.spec import Layer
 
@@ -66,10 +65,7 @@ def identity_without_norm(layer: Layer) -> MultiBranchBlock:
 
 def norm_after_addition(layer: Layer) -> MultiBranchBlock:
     """ "Post-addition BN": three branches without batch norm, one after their sum."""
-    branches: dict[str, Branch] = {"conv3x3": Conv(layer), "conv1x1": Conv(layer, (1, 1))}
-    if layer.keeps_shape:
-        branches["identity"] = Identity(layer)
-    return MultiBranchBlock(layer, {"sum": NormedSum(layer, branches)})
+    return _norm_after(layer, Conv(layer))
 
 
 def relu_in_branches(layer: Layer) -> MultiBranchBlock:
@@ -118,7 +114,12 @@ def mobileone(layer: Layer) -> MultiBranchBlock:
 
 def quantization_aware(layer: Layer) -> MultiBranchBlock:
     """QARepVGG (Chu et al., AAAI 2024): BN on the 3×3 branch alone, and after the addition."""
-    branches: dict[str, Branch] = {"conv3x3": ConvBN(layer), "conv1x1": Conv(layer, (1, 1))}
+    return _norm_after(layer, ConvBN(layer))
+
+
+def _norm_after(layer: Layer, conv3x3: Branch) -> MultiBranchBlock:
+    """A 3×3 branch, and 1×1 and identity without batch norm; one after their sum."""
+    branches: dict[str, Branch] = {"conv3x3": conv3x3, "conv1x1": Conv(layer, (1, 1))}
     if layer.keeps_shape:
         branches["identity"] = Identity(layer)
     return MultiBranchBlock(layer, {"sum": NormedSum(layer, branches)})

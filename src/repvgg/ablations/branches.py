@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg.branches import Branch, ConvBN, sum_of
+from repvgg.branches import Branch, Conv, ConvBN, sum_of
 from repvgg.errors import InputError
 from repvgg.fold import (
     fold_batch_norm,
@@ -22,26 +22,6 @@ from repvgg.fold import (
     to_fp64,
 )
 from repvgg.spec import Layer
-
-
-class Conv(Branch):
-    """Convolution without batch norm; arguments and errors as of `ConvBN`."""
-
-    def __init__(self, layer: Layer, kernel_size: tuple[int, int] = (3, 3)):
-        super().__init__()
-        parts = ConvBN(layer, kernel_size)
-        self.slice_step, self.conv = parts.slice_step, parts.conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, O, ⌈H/s⌉, ⌈W/s⌉)."""
-        if self.slice_step > 1:
-            x = x[..., :: self.slice_step, :: self.slice_step]
-        return self.conv(x)
-
-    def equivalent(self) -> tuple[Tensor, Tensor]:
-        """See `Branch.equivalent`."""
-        kernel = to_fp64(self.conv.weight)
-        return pad_to_3x3(kernel), kernel.new_zeros(len(kernel))
 
 
 class Identity(Branch):
@@ -111,11 +91,14 @@ class Rectified(Branch):
 
 
 class ReparameterizedConvBN(ConvBN):
-    """A 3×3 convolution whose kernel is computed from other parameters, then batch norm."""
+    """A 3×3 convolution whose kernel is a function of its weight, then batch norm.
+
+    The function is the identity, for others to replace.
+    """
 
     def kernel(self) -> Tensor:
         """(O, I, 3, 3), from the parameters."""
-        raise NotImplementedError
+        return self.conv.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, O, ⌈H/s⌉, ⌈W/s⌉)."""
@@ -162,7 +145,7 @@ class Trivial(ReparameterizedConvBN):
 
     def kernel(self) -> Tensor:
         """(O, I, 3, 3)."""
-        weight = self.conv.weight
+        weight = super().kernel()
         return weight + dirac_kernel(weight, self.conv.groups) if self.keeps_shape else weight
 
 

@@ -41,10 +41,12 @@ class Ablate:
         rows = named.get(self.rows[0], self.rows) if len(self.rows) == 1 else self.rows
         outcomes = run.ablate(self.config, self.output, rows, range(self.seeds))
         title = f"{self.config.model}, {self.config.epochs} epochs of {self.config.data}"
-        report = run.report(outcomes, title, run.speeds(self.output, rows, 0))
+        report = run.report(outcomes, title, run.speeds(self.output, outcomes))
         report.show()
         report.write_csv(self.output / "table.csv")
-        for table in (TABLE6, TABLE7):
-            run.orders(outcomes, table).show()
+        for name, table in (("Table 6", TABLE6), ("Table 7", TABLE7)):
+            orders = run.orders(outcomes, table, f"Orders of {name}")
+            if orders.rows:
+                orders.show()
         run.draw(self.output / "ablation.png", outcomes, title)
         say(f"written: {self.output}/{run.RESULTS}, table.csv, ablation.png and .svg")

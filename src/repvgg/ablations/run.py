@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from repvgg.checkpoint import load
 from repvgg.console import say
 from repvgg.errors import InputError
-from repvgg.files import written_aside
+from repvgg.files import existing_file, written_aside
 from repvgg.model import RepVGG
 from repvgg.reparam import reparameterize
 from repvgg.reproduce.figures import write_figure
@@ -23,9 +24,11 @@ from repvgg.reproduce.report import Report
 from repvgg.timing import Times, time_in_turn
 from repvgg.training.config import TrainConfig
 from repvgg.training.loop import train
+from repvgg.training.run_folder import require_same_config, write_config
 from repvgg.verification import compare_outputs
 
-PRINTED = {row.block: row for row in (*TABLE6, *TABLE7)}
+# Of the block in both tables, Table 6 prints the speed too.
+PRINTED = {row.block: row for row in (*TABLE7, *TABLE6)}
 # Rows that are not the paper's.
 LATER = {
     "diverse_branch": "Diverse Branch Block",
@@ -63,27 +66,42 @@ def ablate(
 ) -> list[Outcome]:
     """Train every row with every seed, one after the other, or go on where this was stopped.
 
+    Returns all that the folder has.
+
     Args:
         config: the settings that all share; its block and seed are not used.
-        output: a folder, which gets a run for each row and seed, and the results.
+        output: a folder, which gets a run for each row and seed, and the results; those that are
+            there, of other rows and seeds too, stay.
         rows: names in `ROWS`.
         seeds: of the runs; all rows with the first one come first.
 
     Raises:
-        InputError: an unknown row, or what `train` raises.
+        InputError: an unknown row, a folder with results of another config, or what `train` raises.
     """
     if unknown := sorted(set(rows) - set(ROWS)):
         raise InputError(f"rows: {', '.join(unknown)} unknown; {', '.join(ROWS)} exist")
-    outcomes = []
+    if (output / "config.json").exists():
+        require_same_config(output, config)
+    write_config(output, config)
+    results = output / RESULTS
+    outcomes = {(o.block, o.seed): o for o in (read_outcomes(results) if results.exists() else ())}
     for number, (seed, block) in enumerate((s, b) for s in seeds for b in rows):
         say(f"{block}, seed {seed}: run {number + 1} of {len(rows) * len(seeds)}")
-        folder = output / f"{block}-seed{seed}"
-        run = train(dataclasses.replace(config, block=block, seed=seed), folder)
+        if (block, seed) in outcomes:
+            continue
+        run = train(
+            dataclasses.replace(config, block=block, seed=seed), run_path(output, block, seed)
+        )
         last = run.read_history()[-1]
         error = conversion_error(load(run.last))
-        outcomes.append(Outcome(block, seed, last["test_top1"], last["train_top1"], error))
-        write_outcomes(output / RESULTS, outcomes)
-    return outcomes
+        outcomes[block, seed] = Outcome(block, seed, last["test_top1"], last["train_top1"], error)
+        write_outcomes(results, list(outcomes.values()))
+    return list(outcomes.values())
+
+
+def run_path(output: Path, block: str, seed: int) -> Path:
+    """The folder of a run."""
+    return output / f"{block}-seed{seed}"
 
 
 def conversion_error(network: RepVGG) -> float | None:
@@ -117,6 +135,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
     Raises:
         InputError: no such file, or something else in it.
     """
+    existing_file(path)
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return [
@@ -135,33 +154,41 @@ def read_outcomes(path: Path) -> list[Outcome]:
         ) from None
 
 
-def speeds(output: Path, blocks: Sequence[str], seed: int) -> dict[str, tuple[Times, Times | None]]:
-    """Inference of each row before and after conversion, in turn, in batches of 32."""
+def speeds(output: Path, outcomes: Sequence[Outcome]) -> dict[str, tuple[Times, Times | None]]:
+    """Inference of each row before and after conversion, in turn, in batches of 32.
+
+    Only of those whose network is still there, beside the results.
+    """
     runners = {}
-    for block in blocks:
-        network = load(output / f"{block}-seed{seed}" / "last.safetensors").eval()
+    files = {o: run_path(output, o.block, o.seed) / "last.safetensors" for o in outcomes}
+    of_blocks = {outcome.block: outcome for outcome in outcomes if files[outcome].exists()}
+    for block, outcome in of_blocks.items():
+        network = load(files[outcome])
         images = _images(network, SPEED_BATCH)
-        forms = {f"{block} trained": network}
-        if conversion_error(network) is not None:
-            forms[f"{block} plain"] = reparameterize(network)
-        for name, form in forms.items():
-            runners[name] = lambda form=form, images=images: form(images)
+        runners[f"{block} trained"] = partial(network, images)
+        if outcome.conversion_error is not None:
+            runners[f"{block} plain"] = partial(reparameterize(network), images)
     with torch.inference_mode():
         times = time_in_turn(runners)
-    return {block: (times[f"{block} trained"], times.get(f"{block} plain")) for block in blocks}
+    return {block: (times[f"{block} trained"], times.get(f"{block} plain")) for block in of_blocks}
 
 
 def report(
     outcomes: Sequence[Outcome],
     title: str,
     times: dict[str, tuple[Times, Times | None]] | None = None,
+    table: Sequence[PrintedAblation] = tuple(PRINTED.values()),
 ) -> Report:
     """A row for each block: the paper's accuracy and ours, with the spread over the seeds."""
     rows: list[tuple[Any, ...]] = []
+    names = {row.block: row for row in table}
     for block, tops in tops_by_block(outcomes).items():
-        printed = PRINTED.get(block)
+        printed = names.get(block)
         errors = [o.conversion_error for o in outcomes if o.block == block]
         trained, plain = (times or {}).get(block, (None, None))
+        error = (
+            f"{max(filter(None, errors), default=0):.1e}" if None not in errors else "not folded"
+        )
         rows.append(
             (
                 block,
@@ -173,7 +200,7 @@ def report(
                 printed.speed if printed else None,
                 round(SPEED_BATCH / trained.median, 1) if trained else None,
                 round(SPEED_BATCH / plain.median, 1) if plain else None,
-                "cannot" if None in errors else f"{max(filter(None, errors), default=0):.1e}",
+                error,
             )
         )
     columns = (
@@ -190,7 +217,9 @@ def tops_by_block(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
     }
 
 
-def orders(outcomes: Sequence[Outcome], table: Sequence[PrintedAblation]) -> Report:
+def orders(
+    outcomes: Sequence[Outcome], table: Sequence[PrintedAblation], title: str = "Orders"
+) -> Report:
     """For each pair of rows that the paper orders: does the order hold, and how surely.
 
     The standard error is that of the mean of the differences, seed by seed.
@@ -221,7 +250,7 @@ def orders(outcomes: Sequence[Outcome], table: Sequence[PrintedAblation]) -> Rep
             )
     columns = "order in the paper", "paper: difference", "difference", "standard error", "here"
     notes = ("Differences in percentage points; open: within two standard errors of none.",)
-    return Report("Orders", columns, tuple(rows), notes)
+    return Report(title, columns, tuple(rows), notes)
 
 
 def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:

@@ -191,10 +191,15 @@ def default_workers(images: int, *, beside_network: bool) -> int:
     """
     if images < WORTH_WORKERS:
         return 0
-    can_say = hasattr(os, "sched_getaffinity")  # what a container or a scheduler grants
-    cores = len(os.sched_getaffinity(0)) if can_say else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = granted_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(cores * WORKERS_BESIDE_NETWORK) if beside_network else max(1, cores - 1)
+
+
+def granted_cores() -> int:
+    """What this process may use, which a container or a scheduler can make less than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Remembered:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -138,10 +137,10 @@ class _Checked:
         """The good ones; the others are named, and too many of them are an error."""
         from torch.utils.data import DataLoader
 
-        from repvgg.data.loader import WORTH_WORKERS
+        from repvgg.data.loader import WORTH_WORKERS, granted_cores
 
         if workers is None:
-            workers = 0 if len(self) < WORTH_WORKERS else os.cpu_count() or 1
+            workers = 0 if len(self) < WORTH_WORKERS else granted_cores()
         dataset, unchanged, broken = cast(Any, self), cast(Any, _same), 0
         for item in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=unchanged):
             show("")

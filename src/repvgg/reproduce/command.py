@@ -107,7 +107,7 @@ class Reproduce:
             report = tables.report(printed, speeds, f"Table {number} ({title})")
             self._publish(report, record, ("paper: images/s", "images/s"))
         if self.what != "table5":
-            tables.speedups(TABLE4, speeds).show()
+            tables.speedups(TABLE4, speeds, title).show()
 
     def _measured(self, names: list[str]) -> "Record":
         """One record for both tables and the figure, since many a network stands in several."""
@@ -141,10 +141,11 @@ class Reproduce:
         from repvgg.reproduce.printed import TABLE6, TABLE7
 
         table = TABLE6 if self.what == "table6" else TABLE7
-        outcomes = run.read_outcomes(self.output / run.RESULTS)
         blocks = {row.block for row in table}
+        outcomes = run.read_outcomes(self.output / run.RESULTS)
         found = [outcome for outcome in outcomes if outcome.block in blocks]
-        run.report(found, f"Table {self.what[-1]} ({self.output})").show()
+        times = run.speeds(self.output, found)
+        run.report(found, f"Table {self.what[-1]} ({self.output})", times, table).show()
         run.orders(found, table).show()
 
     def _publish(self, report: "Report", record: "Record", drawn: tuple[str, str]) -> None:
@@ -159,16 +160,20 @@ class Reproduce:
 
 
 LONG_SECONDS = 30 * 60
+# Of so few rounds nobody needs to be warned; the estimate itself takes some seconds.
+QUICK_ENOUGH = 10
 
 
 def _require_time(contenders: "list[Contender]", protocol: Protocol, *, is_default: bool) -> None:
-    """Refuse what takes very long on this machine, where nobody asked for that length."""
+    """Refuse what takes very long here, if nobody asked for that length; else say how long."""
     from repvgg.speed import estimated_seconds
 
-    if not is_default:
+    if protocol.rounds < QUICK_ENOUGH:
         return
     seconds = estimated_seconds(contenders, protocol)
-    if seconds > LONG_SECONDS:
+    if seconds > LONG_SECONDS and not is_default:
+        say(f"this takes about {seconds / 3600:.1f} hours; it can be stopped, and goes on")
+    elif seconds > LONG_SECONDS:
         raise InputError(
             f"the paper's protocol, {protocol.warmup} + {protocol.rounds} batches of "
             f"{protocol.batch} of each network, takes about {seconds / 3600:.1f} hours on this "
@@ -181,7 +186,8 @@ class Compare:
     """Time networks in turn, folded: the paper's, ours and timm's, by name."""
 
     networks: Positional[tuple[str, ...]]
-    """Names: repvgg_a2, resnet50 (timm's), ResNet-50 (the paper's), …"""
+    """Names: repvgg_a2, resnet50 (timm's), ResNet-50 (the paper's), …; each runs at the size of
+    images that it is meant for."""
     output: Path = Path("compared")
     """Folder for the results."""
     restart: bool = False
@@ -232,8 +238,8 @@ class Bench:
         from repvgg.checkpoint import load
         from repvgg.reproduce.bench import bench, draw
 
-        if not self.batches:
-            raise InputError("batches: one or more needed, found none")
+        if not self.batches or min(self.batches) < 1:
+            raise InputError(f"batches: numbers of 1 or more needed, found {self.batches}")
         protocol = Protocol(warmup=2, rounds=self.rounds, threads=self.threads, device=self.device)
         report = bench(load(self.model), protocol, self.batches, compiled=self.compile)
         report.show()

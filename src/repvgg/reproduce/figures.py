@@ -43,31 +43,52 @@ def draw_figure1(path: Path, speeds: list[Speed], title: str) -> None:
             ax.set_xlabel("images a second, measured")
         axes[0].set_ylabel("ImageNet top-1 (%), as the paper prints it")
         figure.suptitle(f"Fig. 1: accuracy against speed ({title})", fontsize=11)
+        figure.canvas.draw()  # so that the axes are where they will be
+        for ax, printed in zip(axes, PANELS.values(), strict=True):
+            rows = [row for row in printed if row.name in by_name]
+            _label(ax, {row.name: (by_name[row.name], row.top1) for row in rows})
 
     write_figure(path, draw, (13, 6))
 
 
 def _scatter(ax: Any, rows: list[Printed], speed: dict[str, float]) -> None:
-    """Points with labels that keep out of each other's way: those close by stand on other sides."""
+    """A point for each network, those of RepVGG joined by a line."""
     ours = [row for row in rows if row.name.startswith("RepVGG")]
     families = {"RepVGG": ours, "others": [row for row in rows if row not in ours]}
     for (name, members), style in zip(families.items(), ("o-", "s"), strict=True):
         members = sorted(members, key=lambda row: speed[row.name])
         ax.plot([speed[r.name] for r in members], [r.top1 for r in members], style, label=name)
     ax.set_xscale("log")
-    for row in rows:
-        side = -1 if row not in ours else 1
-        ax.annotate(
-            row.name,
-            (speed[row.name], row.top1),
-            xytext=(6, 5 * side),
-            textcoords="offset points",
-            fontsize=8,
-            va="bottom" if side > 0 else "top",
-        )
     ax.margins(x=0.2, y=0.1)
     ax.grid(alpha=0.3, which="both")
     ax.legend(loc="lower left")
+
+
+def _label(ax: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Write the names beside their points, each where it covers no point and no other name."""
+    from matplotlib.transforms import Bbox
+
+    renderer = ax.figure.canvas.get_renderer()
+    places = ax.transData.transform(list(points.values()))
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in places]
+    for name, point in points.items():
+        text = ax.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8, va="center")
+        for x, y, align in LABEL_PLACES:
+            text.set(position=(x, y), ha=align)
+            box = text.get_window_extent(renderer)
+            inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(text.get_window_extent(renderer))
+
+
+# Offsets in points, the nearest first.
+LABEL_PLACES = [
+    (sign * distance, height, align)
+    for distance, heights in ((8, (0, 8, -8, 14, -14)), (14, (20, -20, 26, -26, 32, -32, 38, -38)))
+    for height in heights
+    for sign, align in ((1, "left"), (-1, "right"))
+]
 
 
 class ResidualBlock(nn.Module):
@@ -117,7 +138,8 @@ def figure3(batch: int, device: torch.device) -> Report:
     notes = (
         f"Batch {batch}, fp32, without images and weights. Figure 3 draws 2 inputs for a residual "
         "block and 1 for a plain network: what is kept between operations. While an operation "
-        "runs, its output exists too.",
+        "runs, its output exists too. Eager PyTorch lets go of a tensor when its name is bound "
+        "again, so what is measured can be more than what is computed.",
     )
     rows = [(row[0], *(round(value, 3) for value in row[1:4]), row[4]) for row in rows]
     return Report("Fig. 3: peak memory of activations", columns, tuple(rows), notes)
@@ -168,10 +190,12 @@ def draw_bars(path: Path, report: Report, columns: tuple[str, str]) -> None:
 def write_figure(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
     """Draw on an empty figure of this size in inches, and write it as PNG and SVG."""
     from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none"}):  # text stays text
         figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
         draw(figure)
         for target in (path, path.with_suffix(".svg")):
             with written_aside(target) as aside:

@@ -16,8 +16,8 @@ from repvgg.speed import Record, Speed
 HEADER = """# Results
 
 Figures of the paper ("paper: …") are as it prints them, measured on a 1080Ti; all others were
-computed or measured with this package. Made by `repvgg reproduce page --output {folder}` from the
-files there; each table says on which machine.
+computed or measured with this package. Made by `repvgg reproduce page --output
+{folder} --page {page}` from the files there; each table says on which machine.
 """
 
 
@@ -36,7 +36,7 @@ def write_page(folder: Path, page: Path) -> None:
             link = Path(os.path.relpath(path, page.parent)).as_posix()
             sections.append(f"## {path.stem}\n\n![{path.stem}]({link})\n")
     with written_aside(page) as aside:
-        text = "\n".join([HEADER.format(folder=folder.as_posix()), *sections])
+        text = "\n".join([HEADER.format(folder=folder.as_posix(), page=page.as_posix()), *sections])
         aside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
@@ -57,9 +57,9 @@ def _sections(path: Path) -> Iterator[str]:
 def _of_speeds(speeds: list[Speed], protocol: Protocol) -> Iterator[Report]:
     measured = {speed.name for speed in speeds}
     for name, printed in (("Table 4", TABLE4), ("Table 5", TABLE5)):
-        if measured & {row.name for row in printed}:
-            yield tables.report(printed, speeds, f"{name} ({protocol.title})")
-    pairs = tables.speedups(TABLE4, speeds)
+        if rows := tuple(row for row in printed if row.name in measured):
+            yield tables.report(rows, speeds, f"{name} ({protocol.title})")
+    pairs = tables.speedups(TABLE4, speeds, protocol.title)
     if pairs.rows:
         yield pairs
 

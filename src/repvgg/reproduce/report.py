@@ -57,12 +57,8 @@ class Report:
 
 
 def text_of(cell: Cell) -> str:
-    """A figure in four digits; nothing where there is none."""
-    if cell is None:
-        return ""
-    if isinstance(cell, float):
-        return f"{cell:.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
-    return str(cell)
+    """In six digits, as many as the paper prints at most; nothing where there is no figure."""
+    return "" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
 
 
 def _is_numeric(cells: Any) -> bool:

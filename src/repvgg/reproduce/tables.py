@@ -96,7 +96,7 @@ def differences(row: Printed, found: Cost) -> list[str]:
     return texts
 
 
-def speedups(printed: tuple[Printed, ...], speeds: list[Speed]) -> Report:
+def speedups(printed: tuple[Printed, ...], speeds: list[Speed], title: str) -> Report:
     """Each RepVGG against the ResNet that the text sets it against."""
     on_paper = {row.name: row.speed for row in printed}
     by_name = {speed.name: speed for speed in speeds}
@@ -115,7 +115,7 @@ def speedups(printed: tuple[Printed, ...], speeds: list[Speed]) -> Report:
                 )
             )
     columns = "pair", "paper: as stated", "paper: of its speeds", "speed-up", "±"
-    return Report("Speed-up of RepVGG over the paired ResNet", columns, tuple(rows))
+    return Report(f"Speed-up of RepVGG over the paired ResNet ({title})", columns, tuple(rows))
 
 
 def comparison(speeds: list[Speed], title: str) -> Report:
@@ -126,6 +126,7 @@ def comparison(speeds: list[Speed], title: str) -> Report:
         rows.append(
             (
                 speed.name,
+                speed.image_size,
                 round(speed.images_per_second, 2),
                 round(1000 * speed.times.median, 2),
                 f"{100 * speed.times.spread:.1f} %",
@@ -135,6 +136,6 @@ def comparison(speeds: list[Speed], title: str) -> Report:
             )
         )
     columns = (
-        "network", "images/s", "ms", "±", "params (M)", "FLOPs (B)", "Wino MULs (B)",
+        "network", "pixels", "images/s", "ms", "±", "params (M)", "FLOPs (B)", "Wino MULs (B)",
     )  # fmt: skip
     return Report(title, columns, tuple(rows))

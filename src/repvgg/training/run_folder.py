@@ -21,6 +21,30 @@ from repvgg.training.config import TrainConfig, changed_fields
 NAMES = ("config.json", "history.csv", "history.png", "last.safetensors", "best.safetensors")
 
 
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Say in a folder what was run there."""
+    with written_aside(folder / "config.json") as aside:
+        aside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def require_same_config(folder: Path, config: TrainConfig) -> None:
+    """Raise if what was run in a folder had another config.
+
+    Raises:
+        InputError: naming the fields that differ; or the folder's config cannot be read.
+    """
+    try:
+        earlier = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'}: cannot be read ({error})") from error
+    if changed := changed_fields(config, earlier):
+        text = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in changed.items())
+        raise InputError(
+            f"{folder}: holds a run of another config ({text}); "
+            "give another --output, the same config, or --restart"
+        )
+
+
 class RunFolder:
     """Opens the folder of a run, new or begun.
 
@@ -46,13 +70,12 @@ class RunFolder:
         if restart:
             self._remove_run()
         if (path / "config.json").exists():
-            self._refuse_other_config(config)
+            require_same_config(path, config)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path}: an empty folder or one of a run is needed, found neither")
         for left_over in self._states.glob(".*.tmp.pt"):  # by a run that was killed in writing
             left_over.unlink()
-        with written_aside(path / "config.json") as aside:
-            aside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        write_config(path, config)
 
     def _remove_run(self) -> None:
         if not (self.path / "config.json").exists():
@@ -61,18 +84,6 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for folder in (self._states, self._logs):
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _refuse_other_config(self, config: TrainConfig) -> None:
-        try:
-            earlier = json.loads((self.path / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path / 'config.json'}: cannot be read ({error})") from error
-        if changed := changed_fields(config, earlier):
-            text = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in changed.items())
-            raise InputError(
-                f"{self.path}: holds a run of another config ({text}); "
-                "give another --output, the same config, or --restart"
-            )
 
     def save_state(self, steps: int, state: dict[str, Any]) -> None:
         """Write the whole state after so many steps, and remove the oldest beyond those kept."""
