@@ -4,6 +4,8 @@ Everything works alike in one process without any set-up: its world is of size 1
 """
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    rendezvous,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from repvgg.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,51 @@ def joined(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_of_this_start(store, rank, size),
+        rank=rank,
+        world_size=size,
+    )
     try:
         yield World(dist.get_rank(), size, device)
     finally:
         dist.destroy_process_group()
+
+
+# As long as torch's own set-up waits for a process that does not come.
+PATIENCE_SECONDS = 1800.0
+
+
+def _of_this_start(store: Store, rank: int, size: int, patience: float = PATIENCE_SECONDS) -> Store:
+    """A part of the store that only the processes of this start see.
+
+    `torchrun` keeps one store for all its restarts, in which the addresses of processes that have
+    died would be taken for those of their successors. The count of restarts does not tell the
+    starts apart: each machine counts its own. So the first process makes up a token, and each of
+    the others asks for it under a name that nobody had before.
+
+    Raises:
+        InputError: processes that did not come within `patience` seconds.
+    """
+    if rank > 0:
+        name = uuid.uuid4().hex
+        store.set(f"name of {rank}", name)
+        token = store.get(f"token for {name}").decode()
+        store.set(f"{token} has {rank}", "yes")
+        return PrefixStore(token, store)
+    token, missing = uuid.uuid4().hex, set(range(1, size))
+    deadline = time.monotonic() + patience
+    while missing:
+        if time.monotonic() > deadline:
+            raise InputError(f"{size} processes needed, those of rank {sorted(missing)} never came")
+        for other in missing:
+            if store.check([f"name of {other}"]):
+                store.set(f"token for {store.get(f'name of {other}').decode()}", token)
+        missing = {other for other in missing if not store.check([f"{token} has {other}"])}
+        time.sleep(0.02)
+    return PrefixStore(token, store)
 
 
 class _SumOverProcesses(torch.autograd.Function):

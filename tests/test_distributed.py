@@ -1,0 +1,39 @@
+"""What many processes agree on, tested with threads on a store of torch."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from repvgg.errors import InputError
+from repvgg.training.distributed import _of_this_start
+
+
+def started(store, size):
+    """What each process of a start writes and then reads from its neighbour."""
+
+    def one(rank):
+        own = _of_this_start(store, rank, size)
+        stale = own.check(["written by 0"]) if rank == 0 else False
+        own.set(f"written by {rank}", str(rank))
+        return stale, own.get(f"written by {(rank + 1) % size}").decode()
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_each_start_sees_nothing_of_those_before_it_on_the_same_store(size):
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=60))
+    for _ in range(3):
+        expected = [(False, str((rank + 1) % size)) for rank in range(size)]
+        assert started(store, size) == expected
+
+
+def test_processes_that_never_come_are_named():
+    store = dist.HashStore()
+    store.set("name of 1", "of a process that died")
+    with pytest.raises(InputError, match=r"3 processes needed, those of rank \[1, 2\] never came"):
+        _of_this_start(store, 0, 3, patience=0.5)
