@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from repvgg.errors import InputError
 from repvgg.training.distributed import _of_this_start
@@ -25,7 +25,7 @@ def started(store, size):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_each_start_sees_nothing_of_those_before_it_on_the_same_store(size):
-    store = dist.HashStore()
+    store = HashStore()
     store.set_timeout(timedelta(seconds=60))
     for _ in range(3):
         expected = [(False, str((rank + 1) % size)) for rank in range(size)]
@@ -33,7 +33,7 @@ def test_each_start_sees_nothing_of_those_before_it_on_the_same_store(size):
 
 
 def test_processes_that_never_come_are_named():
-    store = dist.HashStore()
+    store = HashStore()
     store.set("name of 1", "of a process that died")
     with pytest.raises(InputError, match=r"3 processes needed, those of rank \[1, 2\] never came"):
         _of_this_start(store, 0, 3, patience=0.5)

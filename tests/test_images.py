@@ -13,6 +13,7 @@ from torchvision.datasets import CIFAR10
 
 from repvgg.data.images import decode_image, find_images, open_images
 from repvgg.data.loader import Loader, Remembered, default_workers, derived_seed
+from repvgg.data.order import epoch_order
 from repvgg.data.transforms import evaluation_transform, normalize, training_transform
 from repvgg.errors import InputError
 from repvgg.preprocessing import Preprocessing
@@ -174,7 +175,9 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre():
     )
 
 
-@pytest.mark.parametrize("augmentation", ["crop-flip", "shift-flip", "shift", "none"])
+@pytest.mark.parametrize(
+    "augmentation", ["crop-flip", "shift-flip", "shift-alternate-flip", "shift", "none"]
+)
 def test_augmentation_keeps_size_and_flips_only_if_it_says_so(augmentation):
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1)))
     transform = training_transform(Preprocessing.for_channels(1, 32), augmentation)
@@ -182,9 +185,43 @@ def test_augmentation_keeps_size_and_flips_only_if_it_says_so(augmentation):
     results = [transform(ramp)[0].float() for _ in range(40)]
     assert all(result.shape == (32, 32) for result in results)
     flipped = sum(bool(result[16, 20] < result[16, 12]) for result in results)
-    assert (8 <= flipped <= 32) if augmentation.endswith("flip") else flipped == 0
+    # Alternate flips are the loader's.
+    flips = augmentation in ("crop-flip", "shift-flip")
+    assert (8 <= flipped <= 32) if flips else flipped == 0
     different = len({tuple(result.flatten().tolist()) for result in results})
-    assert different == 1 if augmentation == "none" else different > 10
+    # A reflected ramp is the same in all rows, which leaves the 9 shifts of its columns.
+    assert different == 1 if augmentation == "none" else different > 5
+
+
+def test_the_padding_of_alternate_flips_is_the_image_itself():
+    ramp = Image.fromarray(np.tile(np.arange(100, 228, 4, dtype=np.uint8), (32, 1)))
+    preprocessing = Preprocessing.for_channels(1, 32)
+    least = {}
+    for augmentation in ("shift-flip", "shift-alternate-flip"):
+        transform = training_transform(preprocessing, augmentation)
+        torch.manual_seed(0)
+        least[augmentation] = min(int(transform(ramp).min()) for _ in range(20))
+    assert least == {"shift-flip": 0, "shift-alternate-flip": 100}
+
+
+def test_alternate_flips_show_each_image_from_one_side_and_then_from_the_other():
+    images = open_images("digits", "train")
+    whole = training_transform(Preprocessing.for_channels(1, 8), "none")
+    loader = Loader(images, whole, len(images), seed=3, alternate_flip=True, workers=0)
+    plain = torch.stack([whole(images.decode(index)) for index in range(len(images))])
+    sides = []
+    for epoch in range(1, 5):
+        (batch,) = loader.epoch(epoch)
+        shown = torch.empty_like(plain)
+        shown[epoch_order(images, 3, epoch)] = batch.images
+        flipped = (shown == plain.flip(-1)).flatten(1).all(1)
+        symmetric = (plain == plain.flip(-1)).flatten(1).all(1)
+        assert ((shown == plain).flatten(1).all(1) | flipped).all()
+        sides.append(flipped[~symmetric])
+    assert torch.equal(sides[0], sides[2])
+    assert torch.equal(sides[1], sides[3])
+    assert torch.equal(sides[0], ~sides[1])
+    assert 0.4 < sides[0].float().mean() < 0.6
 
 
 def batches(workers, epoch, seed=3):

@@ -59,6 +59,20 @@ def test_the_rate_rises_over_the_warm_up_and_scales_with_the_batch():
     np.testing.assert_allclose(rates, [0, 0.2, 0.4, 0.2, 0], atol=1e-15)
 
 
+def test_a_linear_schedule_falls_to_0_in_proportion():
+    config = TrainConfig(epochs=25, warmup_epochs=5, schedule="linear")
+    rates = [learning_rate(config, epochs) for epochs in (2.5, 5, 10, 15, 25)]
+    np.testing.assert_allclose(rates, [0.05, 0.1, 0.075, 0.05, 0], atol=1e-15)
+
+
+def test_nesterovs_momentum_is_on_if_asked_for_and_needs_a_momentum():
+    model = repvgg.create_model("repvgg_digits", num_classes=10)
+    assert build_optimizer(model, TrainConfig(nesterov=True)).defaults["nesterov"]
+    assert not build_optimizer(model, TrainConfig()).defaults["nesterov"]
+    with pytest.raises(InputError, match="nesterov: a momentum above 0 needed"):
+        TrainConfig(nesterov=True, momentum=0)
+
+
 def test_weight_decay_is_on_the_kernels_of_conv_and_linear_layers_only():
     model = repvgg.create_model("repvgg_digits", num_classes=10)
     decayed, others = build_optimizer(model, TrainConfig(weight_decay=0.01)).param_groups

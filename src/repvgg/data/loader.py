@@ -63,8 +63,16 @@ Sample = tuple[Tensor, int, float]
 class Samples(Dataset[Any]):
     """Transformed images; a key is (epoch, index)."""
 
-    def __init__(self, images: Images, transform: Transform, seed: int, mixup: float = 0.0):
+    def __init__(
+        self,
+        images: Images,
+        transform: Transform,
+        seed: int,
+        mixup: float = 0.0,
+        alternate_flip: bool = False,
+    ):
         self.images, self.transform, self.seed, self.mixup = images, transform, seed, mixup
+        self.alternate_flip = alternate_flip
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,7 +90,10 @@ class Samples(Dataset[Any]):
         # torchvision's transforms draw from torch's global generator.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
-            return self.transform(image), self.images.labels[index], share
+            image = self.transform(image)
+        if self.alternate_flip and (derived_seed(self.seed, index) + epoch) % 2:
+            image = image.flip(-1)
+        return image, self.images.labels[index], share
 
 
 class BatchSampler:
@@ -133,6 +144,10 @@ class Loader:
         batch_size: images a batch; in training over all processes, else of each.
         seed: of order and augmentation; None keeps the order of the source and every last image.
         mixup: alpha of the beta distribution of `Batch.mix`; 0 makes it all ones.
+        alternate_flip: flip each image from left to right in every second pass, a random half of
+            them in the even ones. So two passes show both sides of all, where independent flips
+            show a half of the images twice from one side (K. Jordan, "94% on CIFAR-10 in 3.29
+            Seconds on a Single GPU", 2024).
         workers: processes that decode; None chooses by the cores and the number of images. With 0
             the images that fit in a bounded memory are decoded only once.
         pin_memory: whether the batches go to a GPU.
@@ -147,6 +162,7 @@ class Loader:
         *,
         seed: int | None = None,
         mixup: float = 0.0,
+        alternate_flip: bool = False,
         workers: int | None = None,
         pin_memory: bool = False,
         rank: int = 0,
@@ -158,7 +174,7 @@ class Loader:
             images = replace(images, decode=Remembered(images.decode))
         self.sampler = BatchSampler(images, batch_size, seed, rank, size)
         self._loader = DataLoader(
-            Samples(images, transform, seed or 0, mixup),
+            Samples(images, transform, seed or 0, mixup, alternate_flip),
             batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=_collate,

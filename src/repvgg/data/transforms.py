@@ -36,21 +36,28 @@ def training_transform(preprocessing: Preprocessing, augmentation: Augmentation)
         augmentation: "crop-flip": a random part, of 8 to 100 % of the area, resized, and a flip
             (paper, Sect. 4.1, as in the PyTorch example); "autoaugment-crop-flip": the same and
             then AutoAugment's policy for ImageNet (Sect. 4.1, heavyweight models); "shift-flip":
-            1/8 of the size as padding, a random crop, and a flip, the usual for CIFAR; "shift":
-            the same without the flip, for images whose sides have a meaning; "none".
+            1/8 of the size as padding, a random crop, and a flip, the usual for CIFAR;
+            "shift-alternate-flip": the same with the image's own reflection as padding and without
+            the flip, which `Loader(alternate_flip=True)` does; "shift": "shift-flip" without the
+            flip, for images whose sides have a meaning; "none".
     """
     size, interpolation = preprocessing.size, InterpolationMode(preprocessing.interpolation)
     if augmentation == "none":
         return evaluation_transform(preprocessing)
+    alternate = augmentation == "shift-alternate-flip"
     if augmentation.endswith("crop-flip"):
         steps: list[v2.Transform] = [v2.RandomResizedCrop(size, interpolation=interpolation)]
     else:
         steps = [
             v2.Resize(size, interpolation),
             v2.CenterCrop(size),
-            v2.RandomCrop(size, padding=max(1, size // 8)),
+            v2.RandomCrop(
+                size,
+                padding=max(1, size // 8),
+                padding_mode="reflect" if alternate else "constant",
+            ),
         ]
-    if augmentation.endswith("flip"):
+    if augmentation.endswith("flip") and not alternate:
         steps.append(v2.RandomHorizontalFlip())
     if augmentation.startswith("autoaugment"):
         steps.append(v2.AutoAugment(interpolation=interpolation))

@@ -10,7 +10,10 @@ from typing import Any, Literal, get_args
 
 from repvgg.errors import InputError
 
-Augmentation = Literal["crop-flip", "autoaugment-crop-flip", "shift-flip", "shift", "none"]
+Augmentation = Literal[
+    "crop-flip", "autoaugment-crop-flip", "shift-flip", "shift-alternate-flip", "shift", "none"
+]
+Schedule = Literal["cosine", "linear"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 Implementation = Literal["auto", "branches", "fused", "recompute_cheap", "recompute_all", "merged"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -28,10 +31,12 @@ class TrainConfig:
         epochs: passes over the training images.
         batch_size: images a step, over all processes.
         learning_rate: the highest, for steps of base_batch_size images; it is scaled in
-            proportion to batch_size and falls to 0 along half a cosine.
+            proportion to batch_size and falls to 0 along the schedule.
         base_batch_size: the batch_size that learning_rate is for.
         warmup_epochs: over which the rate rises from 0 in proportion to the steps.
+        schedule: how the rate falls after the warm-up: along half a cosine, or linearly.
         momentum: of stochastic gradient descent.
+        nesterov: whether the momentum looks ahead by a step, as Nesterov's does.
         weight_decay: on the kernels of convolutions and linear layers only.
         augmentation: random changes of the training images.
         label_smoothing: share of a label that is spread over all classes.
@@ -65,7 +70,9 @@ class TrainConfig:
     learning_rate: float = 0.1
     base_batch_size: int = 256
     warmup_epochs: float = 0.0
+    schedule: Schedule = "cosine"
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 1e-4
     augmentation: Augmentation = "crop-flip"
     label_smoothing: float = 0.0
@@ -93,6 +100,7 @@ class TrainConfig:
                 raise InputError(f"{name}: {low}{upper} needed, found {value}")
         for name, kind in (
             ("augmentation", Augmentation),
+            ("schedule", Schedule),
             ("precision", Precision),
             ("implementation", Implementation),
         ):
@@ -100,6 +108,8 @@ class TrainConfig:
                 raise InputError(
                     f"{name}: one of {get_args(kind)} needed, found {getattr(self, name)!r}"
                 )
+        if self.nesterov and not self.momentum:
+            raise InputError("nesterov: a momentum above 0 needed, found 0")
         if self.batch_size < 2 * self.accumulate:
             raise InputError(
                 f"accumulate: parts of 2 images or more needed, found {self.accumulate} parts of "

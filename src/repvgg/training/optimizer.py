@@ -23,16 +23,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
         ],
         lr=config.scaled_learning_rate,
         momentum=config.momentum,
+        nesterov=config.nesterov,
     )
 
 
 def learning_rate(config: TrainConfig, epochs_done: float) -> float:
     """The rate of the step that begins after so many epochs, whole ones and parts.
 
-    It rises in proportion over the warm-up, and falls along half a cosine to 0 over the rest.
+    It rises in proportion over the warm-up, and falls to 0 over the rest, linearly or along half a
+    cosine.
     """
     if epochs_done < config.warmup_epochs:
         return config.scaled_learning_rate * epochs_done / config.warmup_epochs
     falling = max(config.epochs - config.warmup_epochs, 1e-12)
     progress = min(1.0, (epochs_done - config.warmup_epochs) / falling)
+    if config.schedule == "linear":
+        return config.scaled_learning_rate * (1 - progress)
     return config.scaled_learning_rate * (1 + math.cos(math.pi * progress)) / 2

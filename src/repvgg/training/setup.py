@@ -88,6 +88,7 @@ def training_loader(config: TrainConfig, network: RepVGG, images: Images, world:
         config.batch_size,
         seed=config.seed,
         mixup=config.mixup,
+        alternate_flip=config.augmentation == "shift-alternate-flip",
         workers=config.workers,
         pin_memory=world.device.type == "cuda",
         rank=world.rank,
