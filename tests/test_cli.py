@@ -234,7 +234,10 @@ def files(tmp_path, trained):
         ("evaluate cut.safetensors --data digits", "cut.safetensors: not a complete safetensors"),
         ("evaluate text.safetensors --data digits", "text.safetensors: not a complete safetensors"),
         ("evaluate {model} --data nowhere", "nowhere: a folder of images is needed, found nothing"),
-        ("evaluate {model} --data empty", "empty: Couldn't find any class folder"),
+        (
+            "evaluate {model} --data empty",
+            "empty: a folder for each class is needed, found no folder in it",
+        ),
         ("evaluate {model} --data data/val", "1 classes, the network 10, and does not know a"),
         ("evaluate {model} --data digits --batch-size 0", "batch-size: 1 or more needed"),
         ("convert {model} empty --data digits", "empty: a file name is needed, found a folder"),

@@ -36,4 +36,4 @@ def test_processes_that_never_come_are_named():
     store = HashStore()
     store.set("name of 1", "of a process that died")
     with pytest.raises(InputError, match=r"3 processes needed, those of rank \[1, 2\] never came"):
-        _of_this_start(store, 0, 3, patience=0.5)
+        _of_this_start(store, 0, 3, patience=timedelta(seconds=0.5))

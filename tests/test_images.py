@@ -57,7 +57,7 @@ def test_an_empty_class_folder_is_named(folder):
     [
         (lambda path: None, "a folder of images is needed, found nothing"),
         (lambda path: path.touch(), "a folder of images is needed, found a file"),
-        (lambda path: path.mkdir(), "Couldn't find any class folder"),
+        (lambda path: path.mkdir(), "a folder for each class is needed, found no folder in it"),
         (lambda path: (path / "train").mkdir(parents=True), "val or test"),
     ],
 )

@@ -113,6 +113,8 @@ def folder_images(root: Path) -> Images:
     """
     from torchvision.datasets import ImageFolder
 
+    if not any(path.is_dir() for path in root.iterdir()):
+        raise InputError(f"{root}: a folder for each class is needed, found no folder in it")
     try:
         folder = ImageFolder(root, is_valid_file=_is_image)
     except FileNotFoundError as error:

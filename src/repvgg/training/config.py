@@ -38,7 +38,9 @@ class TrainConfig:
         momentum: of stochastic gradient descent.
         nesterov: whether the momentum looks ahead by a step, as Nesterov's does.
         weight_decay: on the kernels of convolutions and linear layers only.
-        augmentation: random changes of the training images.
+        augmentation: random changes of the training images: a resized part and a flip, the same
+            with AutoAugment, a shift by up to 1/8 and a flip, a shift with reflected borders and a
+            flip in every second epoch, a shift alone, or none.
         label_smoothing: share of a label that is spread over all classes.
         mixup: alpha of the beta distribution by which pairs of images are mixed; 0 for none.
         ema_decay: a moving average of the weights with this decay a step is what is tested and

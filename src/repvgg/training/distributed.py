@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed import (
     Store,  # pyright: ignore[reportPrivateImportUsage]
     rendezvous,  # pyright: ignore[reportPrivateImportUsage]
 )
+from torch.distributed.constants import default_pg_timeout
 
 from repvgg.errors import InputError
 
@@ -81,11 +83,9 @@ def joined(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-# As long as torch's own set-up waits for a process that does not come.
-PATIENCE_SECONDS = 1800.0
-
-
-def _of_this_start(store: Store, rank: int, size: int, patience: float = PATIENCE_SECONDS) -> Store:
+def _of_this_start(
+    store: Store, rank: int, size: int, patience: timedelta = default_pg_timeout
+) -> Store:
     """A part of the store that only the processes of this start see.
 
     `torchrun` keeps one store for all its restarts, in which the addresses of processes that have
@@ -94,7 +94,7 @@ def _of_this_start(store: Store, rank: int, size: int, patience: float = PATIENC
     the others asks for it under a name that nobody had before.
 
     Raises:
-        InputError: processes that did not come within `patience` seconds.
+        InputError: processes that did not come within `patience`.
     """
     if rank > 0:
         name = uuid.uuid4().hex
@@ -103,7 +103,7 @@ def _of_this_start(store: Store, rank: int, size: int, patience: float = PATIENC
         store.set(f"{token} has {rank}", "yes")
         return PrefixStore(token, store)
     token, missing = uuid.uuid4().hex, set(range(1, size))
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + patience.total_seconds()
     while missing:
         if time.monotonic() > deadline:
             raise InputError(f"{size} processes needed, those of rank {sorted(missing)} never came")
