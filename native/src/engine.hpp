@@ -1,0 +1,82 @@
+// Runs a network: plans for the batch sizes and image sizes that come, weights as each algorithm
+// wants them, threads.
+#pragma once
+
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "network.hpp"
+#include "plan.hpp"
+#include "tune.hpp"
+
+namespace rvgg {
+
+struct Options {
+  int threads = 0;   // 0: as many as this process may use
+  bool pin = false;  // each thread to a core of its own
+  Tuning tuning = Tuning::fast;
+  std::string isa;   // "": the best that the processor has, or RVGG_ISA of the environment
+};
+
+enum class Format {
+  bytes,   // uint8 (N, H, W, C), to be normalized
+  floats,  // fp32 (N, C, H, W), normalized
+};
+
+// What one layer took.
+struct Step {
+  std::string name, algorithm;
+  Shape shape;
+  double milliseconds, multiply_adds, multiplications;  // of a direct convolution, of this one
+  std::size_t weight_bytes;
+};
+
+class Engine {
+ public:
+  // Throws Error.
+  Engine(Network network, const Options& options);
+
+  const Network& network() const { return network_; }
+  const Isa& isa() const { return isa_; }
+  int threads() const { return pool_.threads(); }
+  // Of the result for images of this size.
+  Shape output_shape(int height, int width) const { return network_.shapes(height, width).back(); }
+
+  // images: contiguous. result: fp32 (N, C, H, W) of `output_shape`. Several threads may call this
+  // at once; they take turns. Throws Error, std::bad_alloc.
+  void run(const void* images, Format format, int count, int height, int width, float* result);
+  // The same on zeros, with the time of each layer: the least of `repeats`.
+  std::vector<Step> profile(int count, int height, int width, int repeats);
+
+  Tuner& tuner() { return tuner_; }
+  // Bytes of transformed weights, of the maps of the plans in use, and of the threads' scratch.
+  struct Memory {
+    std::size_t weights, activations, scratch;
+  };
+  Memory memory();
+
+ private:
+  struct Ready {  // a plan with its memory
+    Plan plan;
+    std::vector<std::shared_ptr<PackedConv>> packed;  // of each node
+    Buffer arena;
+  };
+  Ready& prepare(int count, int height, int width);
+  std::shared_ptr<PackedConv> pack(int node, const Algorithm& algorithm);
+  void execute(Ready& ready, const void* images, Format format, float* result, double* seconds);
+  void run_node(Ready& ready, int node, int first, int count);
+  void read_images(const void* images, Format format, int first, int count, const Map& map);
+
+  Network network_;
+  const Isa& isa_;
+  Pool pool_;
+  Tuner tuner_;
+  Scratch scratch_;
+  std::mutex mutex_;
+  std::list<Ready> plans_;  // the one used last first
+  std::map<std::pair<int, std::string>, std::weak_ptr<PackedConv>> packed_;
+};
+
+}  // namespace rvgg

@@ -1,0 +1,88 @@
+// What the kernels of every instruction set offer. All numbers are fp32; all offsets count floats.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rvgg {
+
+constexpr int kMaxRows = 14;      // of a register tile
+constexpr int kMaxProducts = 15;  // of one dimension of a Winograd tile
+
+// C[r][j] = bias[j] + sum over s, k of A[r][s][k] B[s][k][j], with or without ReLU.
+struct Product {
+  const float* a;          // A[r][s][k] = a[row[r] + segment[s] + k]
+  const std::int32_t* row;
+  const std::int32_t* segment;
+  int segments;
+  int depth;               // k of one segment
+  const float* b;          // [segments][depth][vectors * lanes]
+  float* c;                // C[r][j] = c[c_row[r] + j]
+  const std::int32_t* c_row;
+  const float* bias;       // vectors * lanes numbers
+  int columns;             // how many j to store, at most vectors * lanes
+  bool relu;
+};
+
+// The points of a Winograd tile: for each of them C = A B, without bias.
+struct PointProducts {
+  const float* a;  // A[p][r][k] = a[p * a_point + r * a_row + k]
+  std::ptrdiff_t a_point, a_row;
+  int rows, depth;
+  const float* b;                 // [weights][depth][vectors * lanes]
+  const std::uint8_t* weight;     // which of them each point takes
+  int points;
+  float* c;                       // C[p][r][j], dense
+};
+
+// A 1-D transform of many lines of vectors. Item i of line l is read at src[i * step + l * next]
+// and written at dst[i * dst_step + l * dst_next], `lanes` numbers each.
+struct Lines {
+  const float* src;
+  std::ptrdiff_t step, next;
+  float* dst;
+  std::ptrdiff_t dst_step, dst_next;
+  int count;
+};
+
+// How the last pass of the inverse transform stores: the first `items` of each line, with bias.
+struct Epilogue {
+  const float* bias;  // `lanes` numbers
+  int items;
+  int columns;        // how many numbers of each vector, at most `lanes`
+  bool relu;
+};
+
+using TransformFn = void (*)(const Lines&);
+using StoreFn = void (*)(const Lines&, const Epilogue&);
+
+// One dimension of the tile: M outputs with a stride.
+struct Axis {
+  int outputs, stride;
+  int inputs, step, products, weights;
+  std::uint8_t weight[kMaxProducts];  // of each product
+  double taps[kMaxProducts][3];       // of each weight
+  TransformFn input;                  // B^T
+  TransformFn output;                 // A^T
+  StoreFn store;                      // A^T, bias, ReLU
+};
+
+struct Isa {
+  const char* name;
+  int lanes;
+  int max_vectors;                  // of a register tile
+  int max_rows[4];                  // of a register tile that is 1, 2 or 3 vectors wide
+  bool (*supported)();
+  void (*product)(int rows, int vectors, const Product&);
+  void (*points)(int vectors, const PointProducts&);
+  const Axis* (*axis)(int outputs, int stride);  // null if there is none
+  void (*pool)(const float* src, std::ptrdiff_t pixel, std::ptrdiff_t row, int height, int width,
+               int channels, float* dst);        // means; channels is a multiple of the lanes
+};
+
+// The instruction sets of this build, the best first.
+const Isa* const* isas();
+// By name, or the best that this processor has; null if there is none of that name here.
+const Isa* find_isa(const char* name);
+
+}  // namespace rvgg

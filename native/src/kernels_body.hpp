@@ -1,0 +1,269 @@
+// The kernels, once for all instruction sets: included by a file that defines RVGG_ISA (a
+// namespace), RVGG_LANES (floats in a vector) and RVGG_ROWS (rows of the register tiles 1, 2 and 3
+// vectors wide), and that is compiled for that instruction set. Nothing here may be an inline
+// function with external linkage: the linker could give its code to another processor.
+#include <cstring>
+#include <utility>
+
+#include "kernels.hpp"
+#include "toom_cook.hpp"
+
+namespace rvgg {
+namespace {
+
+constexpr int W = RVGG_LANES;
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+[[gnu::always_inline]] inline vec load(const float* p) {
+  return *reinterpret_cast<const loose_vec*>(p);
+}
+[[gnu::always_inline]] inline void store(float* p, vec v) {
+  *reinterpret_cast<loose_vec*>(p) = v;
+}
+[[gnu::always_inline]] inline void store_some(float* p, vec v, int count) {
+  if (count >= W) {
+    store(p, v);
+  } else if (count > 0) {
+    std::memcpy(p, &v, sizeof(float) * static_cast<std::size_t>(count));
+  }
+}
+[[gnu::always_inline]] inline vec rectify(vec v) {  // a NaN stays one
+  return 0.0f > v ? vec{} : v;
+}
+
+constexpr int kRows[4] = {0, RVGG_ROWS};
+
+// One register tile. The sums over (segment, k) run in registers from the first to the last.
+template <int Rows, int Vectors>
+void product(const Product& task) {
+  vec sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) sum[r][j] = load(task.bias + j * W);
+  }
+  const float* b = task.b;
+  for (int s = 0; s < task.segments; ++s) {
+    const float* row[Rows];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) row[r] = task.a + task.row[r] + task.segment[s];
+    for (int k = 0; k < task.depth; ++k, b += Vectors * W) {
+      vec w[Vectors];
+#pragma GCC unroll 16
+      for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; ++j) sum[r][j] += row[r][k] * w[j];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    float* c = task.c + task.c_row[r];
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) {
+      store_some(c + j * W, task.relu ? rectify(sum[r][j]) : sum[r][j], task.columns - j * W);
+    }
+  }
+}
+
+template <int Rows, int Vectors>
+void point_product(const float* a, std::ptrdiff_t a_row, int depth, const float* b, float* c) {
+  vec sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) sum[r][j] = vec{};
+  }
+  const float* row[Rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) row[r] = a + r * a_row;
+  for (int k = 0; k < depth; ++k, b += Vectors * W) {
+    vec w[Vectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+      for (int j = 0; j < Vectors; ++j) sum[r][j] += row[r][k] * w[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) store(c + (r * Vectors + j) * W, sum[r][j]);
+  }
+}
+
+using ProductFn = void (*)(const Product&);
+using PointProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, float*);
+
+template <int Vectors, int... R>
+constexpr ProductFn product_of(int rows, std::integer_sequence<int, R...>) {
+  ProductFn found = nullptr;
+  ((rows == R + 1 ? void(found = product<R + 1, Vectors>) : void()), ...);
+  return found;
+}
+template <int Vectors, int... R>
+constexpr PointProductFn point_product_of(int rows, std::integer_sequence<int, R...>) {
+  PointProductFn found = nullptr;
+  ((rows == R + 1 ? void(found = point_product<R + 1, Vectors>) : void()), ...);
+  return found;
+}
+
+struct Tables {
+  ProductFn product[4][kMaxRows + 1]{};
+  PointProductFn point[4][kMaxRows + 1]{};
+  template <int Vectors>
+  constexpr void fill() {
+    using Rows = std::make_integer_sequence<int, kRows[Vectors]>;
+    for (int rows = 1; rows <= kRows[Vectors]; ++rows) {
+      product[Vectors][rows] = product_of<Vectors>(rows, Rows{});
+      point[Vectors][rows] = point_product_of<Vectors>(rows, Rows{});
+    }
+  }
+  constexpr Tables() {
+    fill<1>();
+    fill<2>();
+    fill<3>();
+  }
+};
+constexpr Tables kTables;
+
+void run_product(int rows, int vectors, const Product& task) {
+  kTables.product[vectors][rows](task);
+}
+
+// Rows are split evenly (7 + 7 and not 12 + 2): narrow register tiles waste the multipliers.
+void run_points(int vectors, const PointProducts& task) {
+  const int blocks = (task.rows + kRows[vectors] - 1) / kRows[vectors];
+  const int width = vectors * W;
+  for (int p = 0; p < task.points; ++p) {
+    const float* b = task.b + static_cast<std::ptrdiff_t>(task.weight[p]) * task.depth * width;
+    float* c = task.c + static_cast<std::ptrdiff_t>(p) * task.rows * width;
+    const float* a = task.a + p * task.a_point;
+    int first = 0;
+    for (int block = 0; block < blocks; ++block) {
+      const int end = (block + 1) * task.rows / blocks;
+      kTables.point[vectors][end - first](a + first * task.a_row, task.a_row, task.depth, b,
+                                          c + static_cast<std::ptrdiff_t>(first) * width);
+      first = end;
+    }
+  }
+}
+
+template <class S>
+void transform_input(const Lines& lines) {
+  for (int l = 0; l < lines.count; ++l) {
+    const float* src = lines.src + l * lines.next;
+    float* dst = lines.dst + l * lines.dst_next;
+    vec d[S::kInputs], t[S::kProducts];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kInputs; ++i) d[i] = load(src + i * lines.step);
+    S::input(d, t);
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kProducts; ++i) store(dst + i * lines.dst_step, t[i]);
+  }
+}
+
+template <class S>
+void transform_output(const Lines& lines) {
+  for (int l = 0; l < lines.count; ++l) {
+    const float* src = lines.src + l * lines.next;
+    float* dst = lines.dst + l * lines.dst_next;
+    vec t[S::kProducts], y[S::kOutputs];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kProducts; ++i) t[i] = load(src + i * lines.step);
+    S::output(t, y);
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kOutputs; ++i) store(dst + i * lines.dst_step, y[i]);
+  }
+}
+
+template <class S>
+void store_output(const Lines& lines, const Epilogue& epilogue) {
+  const vec bias = load(epilogue.bias);
+  const bool whole = epilogue.items == S::kOutputs && epilogue.columns >= W;
+  for (int l = 0; l < lines.count; ++l) {
+    const float* src = lines.src + l * lines.next;
+    float* dst = lines.dst + l * lines.dst_next;
+    vec t[S::kProducts], y[S::kOutputs];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kProducts; ++i) t[i] = load(src + i * lines.step);
+    S::output(t, y);
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kOutputs; ++i) {
+      y[i] += bias;
+      if (epilogue.relu) y[i] = rectify(y[i]);
+    }
+    if (whole) {
+#pragma GCC unroll 16
+      for (int i = 0; i < S::kOutputs; ++i) store(dst + i * lines.dst_step, y[i]);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < S::kOutputs; ++i) {
+        if (i < epilogue.items) store_some(dst + i * lines.dst_step, y[i], epilogue.columns);
+      }
+    }
+  }
+}
+
+template <int M, int Stride>
+constexpr Axis make_axis() {
+  using S = Scheme<M, Stride>;
+  static_assert(S::kProducts <= kMaxProducts);
+  Axis axis{};
+  axis.outputs = M;
+  axis.stride = Stride;
+  axis.inputs = S::kInputs;
+  axis.step = S::kStep;
+  axis.products = S::kProducts;
+  axis.weights = S::kWeights;
+  const auto taps = S::taps();
+  for (int i = 0; i < S::kWeights; ++i) {
+    for (int j = 0; j < 3; ++j) axis.taps[i][j] = taps[static_cast<std::size_t>(i)][j];
+  }
+  for (int i = 0; i < S::kProducts; ++i) {
+    axis.weight[i] = static_cast<std::uint8_t>(S::weight(i));
+  }
+  axis.input = transform_input<S>;
+  axis.output = transform_output<S>;
+  axis.store = store_output<S>;
+  return axis;
+}
+
+constexpr Axis kAxes[] = {make_axis<2, 1>(), make_axis<3, 1>(), make_axis<4, 1>(),
+                          make_axis<5, 1>(), make_axis<6, 1>(), make_axis<7, 1>(),
+                          make_axis<2, 2>(), make_axis<3, 2>(), make_axis<4, 2>(),
+                          make_axis<5, 2>(), make_axis<7, 2>()};
+
+const Axis* find_axis(int outputs, int stride) {
+  for (const Axis& axis : kAxes) {
+    if (axis.outputs == outputs && axis.stride == stride) return &axis;
+  }
+  return nullptr;
+}
+
+void mean_pool(const float* src, std::ptrdiff_t pixel, std::ptrdiff_t row, int height, int width,
+               int channels, float* dst) {
+  const float scale = 1.0f / (static_cast<float>(height) * static_cast<float>(width));
+  for (int c = 0; c < channels; c += W) {
+    vec sum{};
+    for (int y = 0; y < height; ++y) {
+      for (int x = 0; x < width; ++x) sum += load(src + y * row + x * pixel + c);
+    }
+    store(dst + c, sum * scale);
+  }
+}
+
+}  // namespace
+
+namespace RVGG_ISA {
+bool supported();
+extern const Isa isa;
+const Isa isa = {RVGG_NAME,  W,           3,         {0, RVGG_ROWS}, supported,
+                 run_product, run_points, find_axis, mean_pool};
+}  // namespace RVGG_ISA
+}  // namespace rvgg

@@ -1,0 +1,46 @@
+// Which algorithm is best for a layer: by a model of the costs, and then by measuring.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "conv.hpp"
+
+namespace rvgg {
+
+enum class Tuning {
+  none,  // the model alone
+  fast,  // the few that the model puts first are measured
+  full,  // all are measured
+};
+
+class Tuner {
+ public:
+  Tuner(const Isa& isa, Pool& pool, Tuning tuning) : isa_(isa), pool_(pool), tuning_(tuning) {}
+
+  Algorithm choose(const Conv& conv, int images, int height, int width);
+
+  // Decisions so far, as text by text, to be kept from one run to the next.
+  std::map<std::string, std::string> decisions() const;
+  // Takes earlier ones; what cannot be read or used is left out.
+  void adopt(const std::map<std::string, std::string>& decisions);
+
+  // Expected seconds.
+  double model(const Conv& conv, const Algorithm& algorithm, int images, int height, int width);
+
+ private:
+  std::vector<Algorithm> candidates(const Conv& conv, int images, int height, int width) const;
+  double measure(const Conv& conv, const Algorithm& algorithm, int images, int height, int width);
+  void calibrate();
+
+  const Isa& isa_;
+  Pool& pool_;
+  Tuning tuning_;
+  double flops_ = 0;      // of one thread, in a second
+  double bandwidth_ = 0;  // bytes a second from memory, all threads together
+  Buffer sweep_;          // larger than the caches
+  std::map<std::string, Algorithm> chosen_;
+};
+
+}  // namespace rvgg
