@@ -187,6 +187,7 @@ NB_MODULE(_native, m) {
              return std::make_tuple(memory.weights, memory.activations, memory.scratch);
            })
       .def_prop_ro("isa", [](const rvgg::Engine& engine) { return engine.isa().name; })
+      .def_prop_ro("peak_flops", [](rvgg::Engine& engine) { return engine.tuner().peak(); })
       .def_prop_ro("threads", &rvgg::Engine::threads)
       .def_prop_ro("in_channels", [](const rvgg::Engine& engine) { return engine.network().in_channels; })
       .def_prop_ro("class_names", [](const rvgg::Engine& engine) { return engine.network().class_names; });

@@ -26,6 +26,11 @@ class Tuner {
   // Takes earlier ones; what cannot be read or used is left out.
   void adopt(const std::map<std::string, std::string>& decisions);
 
+  // Operations a second of one thread, measured.
+  double peak() {
+    calibrate();
+    return flops_;
+  }
   // Expected seconds.
   double model(const Conv& conv, const Algorithm& algorithm, int images, int height, int width);
 

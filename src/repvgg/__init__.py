@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from repvgg.checkpoint import save as save
     from repvgg.costs import Cost as Cost
     from repvgg.costs import cost as cost
+    from repvgg.engine import Engine as Engine
+    from repvgg.engine import compile as compile
     from repvgg.errors import InputError as InputError
     from repvgg.model import RepVGG as RepVGG
     from repvgg.model import create_model as create_model
@@ -34,6 +36,7 @@ _HOME = {
     "branches": ("Branch", "MultiBranchBlock", "repvgg_block"),
     "checkpoint": ("load", "load_weights", "save"),
     "costs": ("Cost", "cost"),
+    "engine": ("Engine", "compile"),
     "errors": ("InputError",),
     "model": ("RepVGG", "create_model"),
     "preprocessing": ("Preprocessing",),
