@@ -55,6 +55,15 @@ struct TileLine {
   int size() const { return static_cast<int>(tiles.size()); }
 };
 
+// Behind the last channel whole vectors may be stored, as far as the pixel goes: nobody reads what
+// pads the channels. Between the groups they may not.
+int stored_columns(const Isa& isa, const Conv& conv, const PackedConv::Panel& panel,
+                   const Map& output) {
+  if (panel.first + panel.columns < conv.out_channels) return panel.columns;
+  return std::min(round_up(panel.columns, isa.lanes),
+                  static_cast<int>(output.pixel) - panel.first);
+}
+
 // One Winograd convolution of one batch.
 class Winograd {
  public:
@@ -119,8 +128,7 @@ class Winograd {
     isa_.points(panel.vectors,
                 {a + slot * a_row_ + std::ptrdiff_t{panel.group} * depth, a_point, a_row_, count,
                  depth, packed_.weights(panel), weight_, points_, products});
-    const bool last = panel.first + panel.columns == conv_.out_channels;
-    const int columns = last ? round_up(panel.columns, isa_.lanes) : panel.columns;
+    const int columns = stored_columns(isa_, conv_, panel, output_);
     for (std::int64_t tile = first; tile < end; ++tile) {
       const Place place = locate(tile);
       float* dst = output_.data + place.image * output_.image + place.row->output * output_.row +
@@ -276,7 +284,7 @@ void run_directly(const Isa& isa, const PackedConv& packed, int block, const Map
     }
     for (std::int64_t p = cut * parts / cuts; p < (cut + 1) * parts / cuts; ++p) {
       const PackedConv::Panel& panel = packed.panels()[static_cast<std::size_t>(p)];
-      const bool last = panel.first + panel.columns == conv.out_channels;
+      const int columns = stored_columns(isa, conv, panel, output);
       const int tiles = divide_up(count, isa.max_rows[panel.vectors]);
       for (int t = 0; t < tiles; ++t) {
         const int begin = t * count / tiles, end = (t + 1) * count / tiles;
@@ -284,8 +292,7 @@ void run_directly(const Isa& isa, const PackedConv& packed, int block, const Map
                     {origin + image * input.image + panel.group * (conv.in_channels / conv.groups),
                      rows + begin, segments.offset, segments.count, segments.depth,
                      packed.weights(panel), output.data + image * output.image + panel.first,
-                     c_rows + begin, packed.bias(panel),
-                     last ? round_up(panel.columns, isa.lanes) : panel.columns, conv.relu});
+                     c_rows + begin, packed.bias(panel), columns, conv.relu});
       }
     }
   });

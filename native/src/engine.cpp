@@ -140,6 +140,7 @@ Engine::Engine(Network network, const Options& options)
       pool_(checked_threads(options.threads), options.pin),
       tuner_(isa_, pool_, options.tuning) {
   network_.check();
+  if (!options.algorithm.empty()) tuner_.force(options.algorithm);
 }
 
 std::shared_ptr<PackedConv> Engine::pack(int node, const Algorithm& algorithm) {
@@ -228,15 +229,6 @@ void Engine::run_node(Ready& ready, int index, int first, int count) {
         const Map map = map_of(input);
         append_channels(map, output, behind, pool_);
         behind += map.channels;
-      }
-      // What pads the channels is multiplied by zeros, but must be a number.
-      for (std::int64_t n = 0; n < output.images && behind < output.pixel; ++n) {
-        for (int y = 0; y < output.height; ++y) {
-          for (int x = 0; x < output.width; ++x) {
-            std::fill(output.data + n * output.image + y * output.row + x * output.pixel + behind,
-                      output.data + n * output.image + y * output.row + (x + 1) * output.pixel, 0.0f);
-          }
-        }
       }
       break;
     }

@@ -18,6 +18,7 @@ struct Options {
   bool pin = false;  // each thread to a core of its own
   Tuning tuning = Tuning::fast;
   std::string isa;   // "": the best that the processor has, or RVGG_ISA of the environment
+  std::string algorithm;  // for tests: of every layer that it can compute, as `Tuner` writes it
 };
 
 enum class Format {

@@ -54,26 +54,6 @@ std::size_t weight_count(const Conv& conv) {
          static_cast<std::size_t>(conv.taps());
 }
 
-// Four chains of multiplications, so that a gigabyte takes a fraction of a second. It finds
-// accidents and careless changes; it is no signature.
-std::uint64_t checksum(const unsigned char* data, std::size_t size) {
-  constexpr std::uint64_t kPrime = 0x9E3779B185EBCA87u;
-  std::uint64_t chain[4] = {1, 2, 3, 4};
-  std::size_t at = 0;
-  for (; at + 32 <= size; at += 32) {
-    for (int i = 0; i < 4; ++i) {
-      std::uint64_t word;
-      std::memcpy(&word, data + at + 8 * i, 8);
-      chain[i] = (chain[i] ^ word) * kPrime;
-      chain[i] ^= chain[i] >> 29;
-    }
-  }
-  std::uint64_t sum = size;
-  for (std::uint64_t part : chain) sum = (sum ^ part) * kPrime, sum ^= sum >> 32;
-  for (; at < size; ++at) sum = (sum ^ data[at]) * kPrime, sum ^= sum >> 29;
-  return sum;
-}
-
 // Little-endian numbers, one after the other; the header is 32 bytes, the weights begin at
 // multiples of 64.
 constexpr char kMagic[8] = {'R', 'V', 'G', 'G', 'n', 'e', 't', '1'};
@@ -181,6 +161,25 @@ Node read_node(Reader& reader, int index) {
 }
 
 }  // namespace
+
+// Four chains of multiplications, so that a gigabyte takes a fraction of a second.
+std::uint64_t checksum(const unsigned char* data, std::size_t size) {
+  constexpr std::uint64_t kPrime = 0x9E3779B185EBCA87u;
+  std::uint64_t chain[4] = {1, 2, 3, 4};
+  std::size_t at = 0;
+  for (; at + 32 <= size; at += 32) {
+    for (int i = 0; i < 4; ++i) {
+      std::uint64_t word;
+      std::memcpy(&word, data + at + 8 * i, 8);
+      chain[i] = (chain[i] ^ word) * kPrime;
+      chain[i] ^= chain[i] >> 29;
+    }
+  }
+  std::uint64_t sum = size;
+  for (std::uint64_t part : chain) sum = (sum ^ part) * kPrime, sum ^= sum >> 32;
+  for (; at < size; ++at) sum = (sum ^ data[at]) * kPrime, sum ^= sum >> 29;
+  return sum;
+}
 
 void Network::check() const {
   need(!nodes.empty() && nodes.size() <= kMaxNodes && nodes[0].kind == Kind::input,

@@ -37,6 +37,9 @@ struct Shape {
   int height, width, channels;
 };
 
+// Of the bytes of a file behind its header: finds accidents and careless changes.
+std::uint64_t checksum(const unsigned char* data, std::size_t size);
+
 // The bytes of a file or of the heap that weights point into.
 using Storage = std::shared_ptr<const void>;
 

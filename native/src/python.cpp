@@ -4,6 +4,7 @@
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include "engine.hpp"
@@ -67,8 +68,10 @@ class Builder {
   rvgg::Network network_;
 };
 
-rvgg::Options options(int threads, bool pin, const std::string& tune, const std::string& isa) {
+rvgg::Options options(int threads, bool pin, const std::string& tune, const std::string& isa,
+                      const std::string& algorithm) {
   rvgg::Options result;
+  result.algorithm = algorithm;
   result.threads = threads;
   result.pin = pin;
   result.isa = isa;
@@ -161,16 +164,16 @@ NB_MODULE(_native, m) {
   nb::class_<rvgg::Engine>(m, "Engine")
       .def("__init__",
            [](rvgg::Engine* self, Builder& builder, int threads, bool pin, const std::string& tune,
-              const std::string& isa) {
-             new (self) rvgg::Engine(builder.take(), options(threads, pin, tune, isa));
+              const std::string& isa, const std::string& algorithm) {
+             new (self) rvgg::Engine(builder.take(), options(threads, pin, tune, isa, algorithm));
            },
-           "builder"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a)
+           "builder"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a, "algorithm"_a = "")
       .def_static(
           "load",
           [](const std::string& path, int threads, bool pin, const std::string& tune,
              const std::string& isa) {
             return std::make_unique<rvgg::Engine>(rvgg::Network::load(path),
-                                                  options(threads, pin, tune, isa));
+                                                  options(threads, pin, tune, isa, ""));
           },
           "path"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a)
       .def("save", [](const rvgg::Engine& engine,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <stdexcept>
 
 namespace rvgg {
 
@@ -191,6 +192,10 @@ double Tuner::measure(const Conv& conv, const Algorithm& algorithm, int images, 
 }
 
 Algorithm Tuner::choose(const Conv& conv, int images, int height, int width) {
+  if (forced_) {
+    if (applicable(isa_, conv, *forced_)) return *forced_;
+    return {0, 0, std::min(forced_->vectors, isa_.max_vectors), forced_->block, false};
+  }
   calibrate();
   const std::string name = key(isa_, pool_.threads(), conv, images, height, width);
   if (const auto found = chosen_.find(name); found != chosen_.end()) {
@@ -234,6 +239,12 @@ Algorithm Tuner::choose(const Conv& conv, int images, int height, int width) {
     }
   }
   return chosen_[name] = best;
+}
+
+void Tuner::force(const std::string& text) {
+  Algorithm algorithm;
+  if (!from_text(text, algorithm)) throw std::invalid_argument("algorithm: " + text);
+  forced_ = algorithm;
 }
 
 std::map<std::string, std::string> Tuner::decisions() const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,8 @@ class Tuner {
   // Takes earlier ones; what cannot be read or used is left out.
   void adopt(const std::map<std::string, std::string>& decisions);
 
+  // Always this one, where it is applicable; else directly. Throws std::invalid_argument.
+  void force(const std::string& text);
   // Operations a second of one thread, measured.
   double peak() {
     calibrate();
@@ -46,6 +49,7 @@ class Tuner {
   double bandwidth_ = 0;  // bytes a second from memory, all threads together
   Buffer sweep_;          // larger than the caches
   std::map<std::string, Algorithm> chosen_;
+  std::optional<Algorithm> forced_;
 };
 
 }  // namespace rvgg
