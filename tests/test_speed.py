@@ -100,6 +100,13 @@ def test_a_record_of_something_else_is_refused(change, message, tmp_path):
         Record(path, PROTOCOL)
 
 
+def test_a_runtime_that_is_not_used_may_be_another(tmp_path):
+    path = tmp_path / "speeds.json"
+    measure([contender("first")[0]], Record(path, PROTOCOL))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ncnn": "0.1", "mnn": "0.1"}))
+    assert Record(path, PROTOCOL).seconds.keys() == {"first"}
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": [{}]}', '{"rows": 3}'])
 def test_a_broken_record_is_named(content, tmp_path):
     path = tmp_path / "speeds.json"

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("torch", "torchvision", "timm", "onnxruntime", "openvino")
+RUNTIME_LIBRARIES = ("onnxruntime", "openvino", "ncnn", "pnnx", "mnn")
+LIBRARIES = ("torch", "torchvision", "timm", *RUNTIME_LIBRARIES)
 
 
 def machine_facts() -> dict[str, Any]:

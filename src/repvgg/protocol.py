@@ -8,7 +8,7 @@ from repvgg.errors import InputError
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Layout = Literal["channels-last", "contiguous"]
-Runtime = Literal["torch", "compile", "onnxruntime", "openvino"]
+Runtime = Literal["torch", "compile", "onnxruntime", "openvino", "ncnn", "mnn"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,9 @@ class Protocol:
     """How networks are run; the defaults are the paper's.
 
     Attributes:
-        runtime: what runs them.
+        runtime: what runs them: PyTorch as it is, PyTorch's `torch.compile` (`compile`), or others
+            on the CPU. ncnn, which has no batches, runs images one by one; it and MNN compute in
+            fp32 here, where ncnn by default keeps weights in fp16.
         batch: images at a time.
         warmup: batches that are not timed, of each network.
         rounds: batches that are timed; in each round every network runs one, in turn.

@@ -1,4 +1,4 @@
-"""Ways to run a network: PyTorch, compiled PyTorch, ONNX Runtime, OpenVINO.
+"""Ways to run a network: PyTorch, compiled PyTorch, ONNX Runtime, OpenVINO, ncnn, MNN.
 
 Each takes a network and a batch of images, and gives a call that computes the logits. All that a
 runtime does once (export, compilation, its own layout of the weights) is done before.
@@ -6,12 +6,16 @@ runtime does once (export, compilation, its own layout of the weights) is done b
 
 import contextlib
 import copy
+import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +31,8 @@ MODULES: dict[Runtime, tuple[str, ...]] = {
     "compile": (),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
+    "ncnn": ("onnx", "onnxscript", "ncnn", "pnnx"),
+    "mnn": ("onnx", "onnxscript", "MNN"),
 }
 
 
@@ -53,7 +59,9 @@ def installed_runtimes() -> list[Runtime]:
     return [name for name, modules in MODULES.items() if all(map(find_spec, modules))]
 
 
-def prepare(network: nn.Module, images: Tensor, protocol: Protocol) -> Runner:
+def prepare(
+    network: nn.Module, images: Tensor, protocol: Protocol, onnx: Path | None = None
+) -> Runner:
     """A call that computes the logits of these images, (N, classes).
 
     Args:
@@ -61,9 +69,10 @@ def prepare(network: nn.Module, images: Tensor, protocol: Protocol) -> Runner:
         images: (N, C, H, W) fp32.
         protocol: how to run it; the batch is that of the images. PyTorch's own number of threads
             and its GPU settings become what it says.
+        onnx: the network as `export_onnx` wrote it, if that is there already; it takes seconds.
 
     Raises:
-        InputError: the runtime is not installed, or there is no such device.
+        InputError: the runtime is not installed or cannot run this, or there is no such device.
     """
     missing = [name for name in MODULES[protocol.runtime] if find_spec(name) is None]
     if missing:
@@ -72,9 +81,27 @@ def prepare(network: nn.Module, images: Tensor, protocol: Protocol) -> Runner:
             "pip install 'repvgg[runtimes]'"
         )
     threads = protocol.threads or torch.get_num_threads()
-    if protocol.runtime in ("torch", "compile"):
+    if not needs_onnx(protocol.runtime):
         return _torch(network, images, protocol)
-    return OTHERS[protocol.runtime](network, images, threads)
+    start = OTHERS[protocol.runtime]
+    if onnx is not None:
+        return start(onnx, images, threads)
+    with as_onnx(network, images) as path:
+        return start(path, images, threads)
+
+
+def needs_onnx(runtime: Runtime) -> bool:
+    """Whether a network goes there as ONNX."""
+    return runtime in OTHERS
+
+
+@contextlib.contextmanager
+def as_onnx(network: nn.Module, images: Tensor) -> Iterator[Path]:
+    """A network in a temporary file; of the images the first is the example."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        export_onnx(network, path, images[:1])
+        yield path
 
 
 def _torch(network: nn.Module, images: Tensor, protocol: Protocol) -> Runner:
@@ -99,18 +126,17 @@ def _torch(network: nn.Module, images: Tensor, protocol: Protocol) -> Runner:
     return runner
 
 
-def _onnxruntime(network: nn.Module, images: Tensor, threads: int) -> Runner:
+def _onnxruntime(onnx: Path, images: Tensor, threads: int) -> Runner:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    with _as_onnx(network, images) as path:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     inputs = {"images": images.numpy()}
     return lambda: torch.from_numpy(session.run(None, inputs)[0])
 
 
-def _openvino(network: nn.Module, images: Tensor, threads: int) -> Runner:
+def _openvino(onnx: Path, images: Tensor, threads: int) -> Runner:
     import openvino
 
     settings = {
@@ -119,23 +145,83 @@ def _openvino(network: nn.Module, images: Tensor, threads: int) -> Runner:
         "PERFORMANCE_HINT": "LATENCY",
     }
     core = openvino.Core()
-    with _as_onnx(network, images) as path:
-        model = core.read_model(path)
-        model.reshape(list(images.shape))
-        compiled = core.compile_model(model, "CPU", settings)
+    model = core.read_model(onnx)
+    model.reshape(list(images.shape))
+    compiled = core.compile_model(model, "CPU", settings)
     request, array = compiled.create_infer_request(), images.numpy()
     return lambda: torch.from_numpy(request.infer([array], share_inputs=True)[0])
 
 
-@contextlib.contextmanager
-def _as_onnx(network: nn.Module, images: Tensor) -> Iterator[Path]:
+def _ncnn(onnx: Path, images: Tensor, threads: int) -> Runner:
+    import ncnn
+
+    network = ncnn.Net()
+    options = network.opt
+    options.num_threads, options.use_vulkan_compute = threads, False
+    # By default weights are kept in half precision, and on some processors computed with.
+    options.use_fp16_packed = options.use_fp16_storage = options.use_fp16_arithmetic = False
+    options.use_bf16_packed = options.use_bf16_storage = False
+    (package,) = cast(Any, find_spec("pnnx")).submodule_search_locations
+    shape = ",".join(map(str, (1, *images.shape[1:])))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        export_onnx(network, path, images[:1])
-        yield path
+        source = shutil.copyfile(onnx, f"{folder}/network.onnx")  # it writes beside what it reads
+        graph, weights = Path(f"{folder}/network.ncnn.param"), Path(f"{folder}/network.ncnn.bin")
+        command = [f"{package}/pnnx", source, f"inputshape=[{shape}]", "fp16=0"]
+        _convert("ncnn", command, weights)
+        if network.load_param(str(graph)) or network.load_model(str(weights)):
+            raise InputError("runtime ncnn: it does not know all operations of this network")
+    # A `Mat` of an array is a view that does not keep the array alive.
+    inputs = [ncnn.Mat(image).clone() for image in images.numpy()]
+
+    def runner() -> Tensor:
+        results = []
+        for image in inputs:  # ncnn has no axis for them
+            extractor = network.create_extractor()
+            extractor.input("in0", image)
+            results.append(np.array(extractor.extract("out0")[1]))
+        return torch.from_numpy(np.stack(results))
+
+    return runner
 
 
-OTHERS: dict[Runtime, Callable[[nn.Module, Tensor, int], Runner]] = {
+def _mnn(onnx: Path, images: Tensor, threads: int) -> Runner:
+    import MNN.expr as expr
+    import MNN.nn as nn
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "network.mnn"
+        # Its own command would install a package and report to a server.
+        script = "import sys; from _tools import mnnconvert; mnnconvert(sys.argv)"
+        files = ["--modelFile", str(onnx.resolve()), "--MNNModel", str(target)]
+        command = [sys.executable, "-c", script, "-f", "ONNX", *files, "--bizCode", "repvgg"]
+        _convert("mnn", command, target)
+        network = nn.load_module_from_file(
+            str(target),
+            ["images"],
+            ["logits"],
+            precision_mode=expr.PrecisionMode.High,
+            thread_num=threads,
+        )
+    inputs = expr.const(images.numpy(), list(images.shape), expr.NCHW)
+    return lambda: torch.from_numpy(np.array(network.forward(inputs).read()))
+
+
+def _convert(runtime: Runtime, command: Sequence[str], result: Path) -> None:
+    """Run a converter, which leaves a file; some end with exit code 0 and none."""
+    done = subprocess.run(
+        command, cwd=result.parent, capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode or not result.exists():
+        said = f"{done.stdout}\n{done.stderr}".strip().splitlines()[-1:]
+        raise InputError(
+            f"runtime {runtime}: its converter cannot read this network, and ended with exit code "
+            f"{done.returncode}" + "".join(f" ({line[:200]})" for line in said)
+        )
+
+
+OTHERS: dict[Runtime, Callable[[Path, Tensor, int], Runner]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "ncnn": _ncnn,
+    "mnn": _mnn,
 }

@@ -218,6 +218,9 @@ LATER_VARIANTS: dict[str, Spec] = {"repvgg_d2se": D2_SPEC, "repvggplus_l2pse": D
 # The training-time block of a named network, if it is not that of Sect. 3.2.
 NAMED_BLOCKS = {"repvgg_d2se": "squeeze_excite", "repvggplus_l2pse": "post_squeeze_excite"}
 
+# What the loss of each auxiliary head counts in training (training/auxiliary.py), if it has any.
+AUXILIARY_WEIGHTS = {"repvggplus_l2pse": 0.1}
+
 # For small images, which the five stride-2 stages of the paper would reduce to nothing.
 SMALL_IMAGE_VARIANTS: dict[str, Spec] = {
     "repvgg_digits": Spec((1, 2, 4, 1), strides=(1, 2, 2, 1), widths=(16, 32, 64, 128)),

@@ -13,9 +13,9 @@ from repvgg.console import progress_bar, say
 from repvgg.costs import cost
 from repvgg.errors import InputError
 from repvgg.files import written_aside
-from repvgg.machine import machine_facts
+from repvgg.machine import RUNTIME_LIBRARIES, machine_facts
 from repvgg.protocol import Protocol
-from repvgg.runtimes import Runner, prepare
+from repvgg.runtimes import MODULES, Runner, prepare
 from repvgg.timing import Times, rounds_in_turn, seconds_of
 
 
@@ -120,7 +120,8 @@ class Record:
     def _take_over(self) -> None:
         earlier = self._load()
         self.facts["date"] = earlier.get("date")
-        names = sorted(earlier.keys() | self.facts.keys())
+        used = {name.lower() for name in MODULES[self.protocol.runtime]}
+        names = sorted((earlier.keys() | self.facts.keys()) - (set(RUNTIME_LIBRARIES) - used))
         if different := [name for name in names if earlier.get(name) != self.facts.get(name)]:
             raise InputError(
                 f"{self.path}: was measured with another {', '.join(different)}; another output, "

@@ -1,5 +1,6 @@
 """A network of one's own on every runtime: training-time against plain, latency and throughput."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from repvgg.model import RepVGG
 from repvgg.protocol import Protocol, Runtime
 from repvgg.reparam import reparameterize
 from repvgg.reproduce.report import Report
-from repvgg.runtimes import Runner, installed_runtimes, prepare
+from repvgg.runtimes import Runner, as_onnx, installed_runtimes, needs_onnx, prepare
 from repvgg.timing import Times, time_in_turn
 from repvgg.verification import compare_outputs
 
@@ -44,15 +45,18 @@ def bench(
         if runtime != "compile" or compiled:
             forms["plain", runtime] = plain
     rows = []
-    for batch in sorted(set(batches)):
-        images = _images(network, batch)
-        with torch.inference_mode():
-            expected = plain.cpu()(images)
-        runners, errors = _runners(
-            forms, images, dataclasses.replace(protocol, batch=batch), expected
-        )
-        times = time_in_turn(runners, protocol.rounds, protocol.warmup)
-        rows += [_row(key, batch, times[" ".join(key)], errors[key]) for key in forms]
+    with contextlib.ExitStack() as stack:
+        onnx = None
+        if any(needs_onnx(runtime) for _, runtime in forms):
+            onnx = stack.enter_context(as_onnx(plain, _images(network, 1)))
+        for batch in sorted(set(batches)):
+            images = _images(network, batch)
+            with torch.inference_mode():
+                expected = plain.cpu()(images)
+            used = dataclasses.replace(protocol, batch=batch)
+            runners, errors = _runners(forms, images, used, expected, onnx)
+            times = time_in_turn(runners, protocol.rounds, protocol.warmup)
+            rows += [_row(key, batch, times[" ".join(key)], errors[key]) for key in forms]
     title = f"{type(network).__name__} at {network.preprocessing.size} pixels, fp32"
     return Report(title, COLUMNS, tuple(rows), _findings(rows))
 
@@ -68,12 +72,14 @@ def _runners(
     images: Tensor,
     protocol: Protocol,
     expected: Tensor,
+    onnx: Path | None,
 ) -> tuple[dict[str, Runner], dict[tuple[str, Runtime], float]]:
     """All forms ready to run, and how far each one's logits are from the plain network's."""
     runners, errors = {}, {}
     with progress_bar(f"preparing, batch {len(images)}", len(forms)) as show:
         for (form, runtime), module in forms.items():
-            runner = prepare(module, images, dataclasses.replace(protocol, runtime=runtime))
+            used = dataclasses.replace(protocol, runtime=runtime)
+            runner = prepare(module, images, used, onnx)
             runners[f"{form} {runtime}"] = runner
             agreement = compare_outputs(expected, runner().float().cpu())
             errors[form, runtime] = agreement.max_rel_error

@@ -26,6 +26,7 @@ from repvgg.errors import InputError, Interrupted
 from repvgg.model import RepVGG
 from repvgg.reparam import reparameterize
 from repvgg.training import setup
+from repvgg.training.auxiliary import Supervised
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import World, joined
 from repvgg.training.evaluation import evaluate
@@ -61,6 +62,8 @@ class Run:
     """A run: network, optimizer, data and history, after some step of some epoch.
 
     Attributes:
+        network: without what it trains with.
+        trained: the network, or in its auxiliary heads.
         epoch, step: the step that comes next; epochs count from 1, steps of an epoch from 0.
         sums: (3,) of this epoch so far, in this process: loss, right first classes, images.
     """
@@ -69,9 +72,11 @@ class Run:
         self.config, self.world = config, world
         train_images, test_images = setup.open_both_splits(config.data)
         self.images = len(train_images)
-        network = setup.build_network(config, train_images)
-        self.network = setup.on_device(network, config, world)
-        self.optimizer = build_optimizer(self.network, config)
+        self.network = network = setup.build_network(config, train_images)
+        self.trained = setup.with_heads(network, config)
+        self.auxiliary_weight = setup.auxiliary_weight(config)
+        setup.on_device(self.trained, config, world)
+        self.optimizer = build_optimizer(self.trained, config)
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             world.device.type, enabled=config.precision == "fp16"
         )
@@ -90,7 +95,7 @@ class Run:
         self.folder = RunFolder(output, config, restart=restart, writes=world.is_first)
         world.any(False)  # no process reads the folder before the first has looked it over
         self._restore()
-        self.model = setup.for_steps(self.network, config, world)
+        self.model = setup.for_steps(self.trained, config, world)
 
     @property
     def result(self) -> RepVGG:
@@ -198,17 +203,26 @@ class Run:
             x = torch.lerp(x.roll(1, 0), x, mix.to(x.dtype)[:, None, None, None])
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.precision)
         with torch.autocast(x.device.type, half, enabled=half is not None):
-            logits = self.model(x)
-        logits = logits.float() if half else logits
+            outputs = self.model(x)
+        outputs = outputs.float() if half else outputs
+        logits, *auxiliary = outputs if isinstance(self.trained, Supervised) else (outputs,)
         mix = mix.to(logits.dtype)
-        smoothing = config.label_smoothing
-        loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        loss = self._cross_entropy(logits, labels, mix)
+        for of_head in auxiliary:
+            loss = loss + self.auxiliary_weight * self._cross_entropy(of_head, labels, mix)
         if config.mixup:
+            labels = torch.where(mix >= 0.5, labels, labels.roll(1, 0))
+        return loss, (logits.argmax(1) == labels).sum().to(loss.dtype)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, mix: Tensor) -> Tensor:
+        """Mean over the images, of both labels of each where they are mixed."""
+        smoothing = self.config.label_smoothing
+        loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        if self.config.mixup:
             other = labels.roll(1, 0)
             of_other = F.cross_entropy(logits, other, reduction="none", label_smoothing=smoothing)
             loss = torch.lerp(of_other, loss, mix)
-            labels = torch.where(mix >= 0.5, labels, other)
-        return loss.mean(), (logits.argmax(1) == labels).sum().to(loss.dtype)
+        return loss.mean()
 
     def _end_epoch(self) -> None:
         """Test, and write what the end of an epoch leaves."""
@@ -297,6 +311,7 @@ class Run:
             return
         state: dict[str, Any] = {
             "network": self.network.state_dict(),
+            "heads": None,
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -309,6 +324,8 @@ class Run:
             "classes": self._classes(),
             "config": self.config.to_dict(),
         }
+        if isinstance(self.trained, Supervised):
+            state["heads"] = self.trained.heads.state_dict()
         self.folder.save_state((self.epoch - 1) * len(self.loader) + self.step, state)
 
     def _restore(self) -> None:
@@ -321,6 +338,8 @@ class Run:
                 f"{len(state['classes'])} classes, found {self.images} of {len(self._classes())}"
             )
         self.network.load_state_dict(state["network"])
+        if isinstance(self.trained, Supervised):
+            self.trained.heads.load_state_dict(state["heads"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

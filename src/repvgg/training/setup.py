@@ -17,6 +17,8 @@ from repvgg.errors import InputError
 from repvgg.lean import use_implementation
 from repvgg.model import RepVGG, create_model
 from repvgg.preprocessing import Preprocessing
+from repvgg.spec import AUXILIARY_WEIGHTS
+from repvgg.training.auxiliary import Supervised
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import World, synchronized
 from repvgg.training.evaluation import evaluation_loader
@@ -80,6 +82,18 @@ def build_network(config: TrainConfig, images: Images) -> RepVGG:
     return network
 
 
+def auxiliary_weight(config: TrainConfig) -> float:
+    """What the loss of each auxiliary head counts; 0 where there is none."""
+    if config.auxiliary_weight is not None:
+        return config.auxiliary_weight
+    return AUXILIARY_WEIGHTS.get(config.model.partition(":")[0], 0.0)
+
+
+def with_heads(network: RepVGG, config: TrainConfig) -> RepVGG | Supervised:
+    """What is trained: the network, in its auxiliary heads if the config has any."""
+    return Supervised(network) if auxiliary_weight(config) else network
+
+
 def training_loader(config: TrainConfig, network: RepVGG, images: Images, world: World) -> Loader:
     """This process's part of the batches of a config."""
     return Loader(
@@ -102,8 +116,8 @@ def test_loader(config: TrainConfig, network: RepVGG, images: Images, world: Wor
     return evaluation_loader(network, images, batch_size, config.workers, world)
 
 
-def on_device(network: RepVGG, config: TrainConfig, world: World) -> RepVGG:
-    """Move a network to where it trains, in the layout and with the batch norms of the config.
+def on_device(model: nn.Module, config: TrainConfig, world: World) -> None:
+    """Move a model to where it trains, in the layout and with the batch norms of the config.
 
     Raises:
         InputError: a batch that the processes cannot share evenly.
@@ -113,46 +127,45 @@ def on_device(network: RepVGG, config: TrainConfig, world: World) -> RepVGG:
             f"batch_size: a multiple of {world.size} processes × accumulate {config.accumulate} "
             f"needed, found {config.batch_size}"
         )
-    network.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
+    model.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)
-    use_implementation(network, config.implementation)
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    use_implementation(model, config.implementation)
     if config.sync_bn and world.size > 1:
-        synchronized(network, world.device)
-    return network
+        synchronized(model, world.device)
 
 
-def for_steps(network: RepVGG, config: TrainConfig, world: World) -> nn.Module:
-    """What the steps of the optimizer run: the network, wrapped as the config and world need."""
+def for_steps(model: RepVGG | Supervised, config: TrainConfig, world: World) -> nn.Module:
+    """What the steps of the optimizer run: the model, wrapped as the config and world need."""
     if config.gradient_checkpointing:
-        for stage in network.stages:
-            stage.forward = partial(_recomputed, stage, stage.forward)
+        for part in model.parts if isinstance(model, Supervised) else model.stages:
+            part.forward = partial(_recomputed, part, part.forward)
     if config.compile:
-        network.compile()
+        model.compile()
     if world.size == 1:
-        return network
+        return model
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices)
+    return DistributedDataParallel(model, device_ids=devices)
 
 
-def _recomputed(stage: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A stage whose activations are computed again in the backward pass, in place of kept."""
+def _recomputed(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A part whose activations are computed again in the backward pass, in place of kept."""
     if not torch.is_grad_enabled():
         return forward(x)
-    # The first stage's input, the image, needs no gradient, which the recomputation bears.
+    # The first part's input, the image, needs no gradient, which the recomputation bears.
     return checkpoint(
         forward,
         x,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _FrozenStatistics(stage)),
+        context_fn=lambda: (nullcontext(), _FrozenStatistics(part)),
     )  # pyright: ignore[reportReturnType]
 
 
 class _FrozenStatistics:
     """Running statistics that stay as they are, since the first computation has moved them."""
 
-    def __init__(self, stage: nn.Module):
-        self.norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    def __init__(self, part: nn.Module):
+        self.norms = [m for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def __enter__(self) -> None:
         self.before = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
