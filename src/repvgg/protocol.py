@@ -8,7 +8,7 @@ from repvgg.errors import InputError
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Layout = Literal["channels-last", "contiguous"]
-Runtime = Literal["torch", "compile", "onnxruntime", "openvino", "ncnn", "mnn"]
+Runtime = Literal["torch", "compile", "onnxruntime", "openvino", "ncnn", "mnn", "native"]
 
 
 @dataclass(frozen=True)

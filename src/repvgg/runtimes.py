@@ -1,4 +1,4 @@
-"""Ways to run a network: PyTorch, compiled PyTorch, ONNX Runtime, OpenVINO, ncnn, MNN.
+"""Ways to run a network: PyTorch, compiled PyTorch, ONNX Runtime, OpenVINO, ncnn, MNN, and our own.
 
 Each takes a network and a batch of images, and gives a call that computes the logits. All that a
 runtime does once (export, compilation, its own layout of the weights) is done before.
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import repvgg
 from repvgg.errors import InputError
 from repvgg.export.onnx import export_onnx
 from repvgg.protocol import Protocol, Runtime
@@ -33,6 +34,7 @@ MODULES: dict[Runtime, tuple[str, ...]] = {
     "openvino": ("onnx", "onnxscript", "openvino"),
     "ncnn": ("onnx", "onnxscript", "ncnn", "pnnx"),
     "mnn": ("onnx", "onnxscript", "MNN"),
+    "native": ("repvgg._native",),
 }
 
 
@@ -75,12 +77,14 @@ def prepare(
         InputError: the runtime is not installed or cannot run this, or there is no such device.
     """
     missing = [name for name in MODULES[protocol.runtime] if find_spec(name) is None]
-    if missing:
+    if missing and protocol.runtime != "native":  # which says itself what it lacks
         raise InputError(
             f"runtime {protocol.runtime}: {', '.join(missing)} needed, found not installed; "
             "pip install 'repvgg[runtimes]'"
         )
     threads = protocol.threads or torch.get_num_threads()
+    if protocol.runtime == "native":
+        return _native(network, images, threads)
     if not needs_onnx(protocol.runtime):
         return _torch(network, images, protocol)
     start = OTHERS[protocol.runtime]
@@ -124,6 +128,11 @@ def _torch(network: nn.Module, images: Tensor, protocol: Protocol) -> Runner:
             return run(x)
 
     return runner
+
+
+def _native(network: nn.Module, images: Tensor, threads: int) -> Runner:
+    engine = repvgg.compile(network, threads=threads)
+    return lambda: engine(images)
 
 
 def _onnxruntime(onnx: Path, images: Tensor, threads: int) -> Runner:
