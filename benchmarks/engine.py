@@ -2,13 +2,15 @@
 
 `python benchmarks/engine.py [--models NAME ...] [--batches N ...] [--threads N ...] [--sizes N ...]
 [--runtimes NAME ...] [--isa NAME] [--quick] [--json FILE]`. All compute in fp32 and hold their
-weights in fp32. In each round every runtime gets a moment of rest, so that the waiting threads of
-the one before are asleep, one call that is not timed, and one that is. The file grows case by case,
-and a second call goes on from it.
+weights in fp32. Each runtime has a process of its own, which is stopped while another one works:
+some let their threads spin long after a call. In each round every runtime does one call that is
+not timed and one that is. The file grows case by case, and a second call goes on from it.
 """
 
 import json
+import multiprocessing
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +33,18 @@ from repvgg.timing import Times
 from repvgg.verification import compare_outputs
 
 Row = dict[str, Any]
-COLUMNS = ("model", "size", "batch", "threads", "runtime", "ms", "±", "times as fast", "error")
+COLUMNS = (
+    "model",
+    "size",
+    "batch",
+    "threads",
+    "runtime",
+    "ms",
+    "±",
+    "times as fast",
+    "error",
+    "MB",
+)
 
 
 @dataclass(frozen=True)
@@ -64,37 +77,84 @@ def network_of(name: str) -> nn.Module:
     return repvgg.reparameterize(model)
 
 
-def rested(runner: Runner) -> float:
-    """Seconds of a call, after one that is not timed."""
-    time.sleep(0.03)
-    runner()
-    start = time.perf_counter()
-    runner()
-    return time.perf_counter() - start
-
-
-def measure(network: nn.Module, case: Row, options: Options, onnx: Path) -> list[Row]:
-    """One row for each runtime."""
-    size, batch, threads = case["size"], case["batch"], case["threads"]
+def work(pipe: Any, case: Row, name: Runtime, isa: str | None, onnx: Path) -> None:
+    """Life of one runtime's process: prepare, say how exact and how large it is, run when asked."""
+    torch.set_num_threads(case["threads"])
+    network = network_of(case["model"])
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, size, size, generator=generator)
+    images = torch.randn(case["batch"], 3, case["size"], case["size"], generator=generator)
     with torch.inference_mode():
         expected = network(images)
-    runners: dict[str, Runner] = {}
-    for name in options.runtimes:
-        say(f"{case['model']}, batch {batch}, {size} pixels, {threads} threads: preparing {name}")
-        if name == "native":
-            engine = repvgg.compile(network, threads=threads, isa=options.isa)
-            runners[name] = lambda: engine(images)
-        else:
-            protocol = Protocol(runtime=name, batch=batch, threads=threads, device="cpu")
-            used = onnx if needs_onnx(name) else None
-            runners[name] = prepare(network, images, protocol, used)
-    errors = {name: compare_outputs(expected, run()).max_rel_error for name, run in runners.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(3 if options.quick else options.rounds):
-        for name, run in runners.items():
-            seconds[name].append(rested(run))
+    before = resident_megabytes()
+    if name == "native":
+        engine = repvgg.compile(network, threads=case["threads"], isa=isa)
+        run: Runner = lambda: engine(images)  # noqa: E731
+    else:
+        protocol = Protocol(
+            runtime=name, batch=case["batch"], threads=case["threads"], device="cpu"
+        )
+        run = prepare(network, images, protocol, onnx if needs_onnx(name) else None)
+    error = compare_outputs(expected, run()).max_rel_error
+    pipe.send({"max_rel_error": error, "megabytes": resident_megabytes() - before})
+    while pipe.recv():
+        run()
+        start = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - start)
+
+
+def resident_megabytes() -> float:
+    """Of this process, in 10⁶ bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class Worker:
+    """A runtime in a process that sleeps unless it is asked."""
+
+    def __init__(self, *args: Any):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, *args), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.facts: Row = self.pipe.recv()
+        self._signal(signal.SIGSTOP)
+
+    def seconds(self) -> float:
+        """Of one call."""
+        self._signal(signal.SIGCONT)
+        self.pipe.send(True)
+        result = self.pipe.recv()
+        self._signal(signal.SIGSTOP)
+        return result
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.join()
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid or 0, number)
+
+
+def measure(case: Row, options: Options, onnx: Path) -> list[Row]:
+    """One row for each runtime."""
+    workers: dict[str, Worker] = {}
+    seconds: dict[str, list[float]] = {}
+    try:
+        for name in options.runtimes:
+            say(f"{case}: preparing {name}")
+            try:
+                workers[name] = Worker(case, name, options.isa, onnx)
+            except EOFError:
+                say(f"{name} cannot run {case['model']}")
+        for _ in range(3 if options.quick else options.rounds):
+            for name, worker in workers.items():
+                seconds.setdefault(name, []).append(worker.seconds())
+    finally:
+        for worker in workers.values():
+            worker.stop()
     rows = []
     for name, values in seconds.items():
         times = Times(tuple(values))
@@ -107,7 +167,7 @@ def measure(network: nn.Module, case: Row, options: Options, onnx: Path) -> list
                 "min_ms": 1e3 * min(values),
                 "max_ms": 1e3 * max(values),
                 "spread": times.spread,
-                "max_rel_error": errors[name],
+                **workers[name].facts,
             }
         )
     return rows
@@ -117,12 +177,16 @@ def table_of(rows: list[Row]) -> list[tuple[Any, ...]]:
     """With each runtime's speed over that of the best other than the engine."""
     lines = []
     for row in rows:
-        same = [r for r in rows if all(r[k] == row[k] for k in ("model", "size", "batch", "threads"))]
+        same = [
+            r for r in rows if all(r[k] == row[k] for k in ("model", "size", "batch", "threads"))
+        ]
         others = [r["median_ms"] for r in same if r["runtime"] != "native"]
         ratio = f"{min(others) / row['median_ms']:.2f}" if others else ""
         ms, spread = f"{row['median_ms']:.2f}", f"{100 * row['spread']:.1f} %"
         place = (row["model"], row["size"], row["batch"], row["threads"], row["runtime"])
-        lines.append((*place, ms, spread, ratio, f"{row['max_rel_error']:.1e}"))
+        lines.append(
+            (*place, ms, spread, ratio, f"{row['max_rel_error']:.1e}", round(row["megabytes"]))
+        )
     return lines
 
 
@@ -132,16 +196,14 @@ def main(options: Options) -> None:
     if options.json and options.json.exists():
         rows = json.loads(options.json.read_text())["rows"]
     for model in options.models:
-        network = network_of(model)
-        with as_onnx(network, torch.zeros(1, 3, 224, 224)) as onnx:
+        with as_onnx(network_of(model), torch.zeros(1, 3, 224, 224)) as onnx:
             for size in options.sizes:
                 for threads in options.threads:
                     for batch in options.batches:
                         case = {"model": model, "size": size, "batch": batch, "threads": threads}
                         if any(case.items() <= row.items() for row in rows):
                             continue
-                        torch.set_num_threads(threads)
-                        found = measure(network, case, options, onnx)
+                        found = measure(case, options, onnx)
                         rows += found
                         show_table("", COLUMNS, table_of(found))
                         if options.json:

@@ -34,6 +34,10 @@ typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4), may_alias
 
 constexpr int kRows[4] = {0, RVGG_ROWS};
 
+// Weights are fetched this many numbers ahead. They are read in order, but what the processor
+// fetches by itself ends at each page; at batch 1 this is a fifth of the time of a layer.
+constexpr int kAhead = 2048;
+
 // One register tile. The sums over (segment, k) run in registers from the first to the last.
 template <int Rows, int Vectors>
 void product(const Product& task) {
@@ -50,6 +54,8 @@ void product(const Product& task) {
     for (int r = 0; r < Rows; ++r) row[r] = task.a + task.row[r] + task.segment[s];
     for (int k = 0; k < task.depth; ++k, b += Vectors * W) {
       vec w[Vectors];
+#pragma GCC unroll 16
+      for (int j = 0; j < Vectors * W; j += 16) __builtin_prefetch(b + kAhead + j, 0, 2);
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
 #pragma GCC unroll 16
@@ -82,6 +88,8 @@ void point_product(const float* a, std::ptrdiff_t a_row, int depth, const float*
   for (int r = 0; r < Rows; ++r) row[r] = a + r * a_row;
   for (int k = 0; k < depth; ++k, b += Vectors * W) {
     vec w[Vectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors * W; j += 16) __builtin_prefetch(b + kAhead + j, 0, 2);
 #pragma GCC unroll 16
     for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
 #pragma GCC unroll 16
