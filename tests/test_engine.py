@@ -142,12 +142,22 @@ def test_forced_tile_is_the_one_in_use(rows, isa):
     assert layers[1]["multiply_adds"] == 28 * 28 * 9 * 64
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4"])
-@pytest.mark.parametrize("tune", ["fast", None])
+@pytest.mark.parametrize(
+    ("name", "tune"), [("repvgg_a0", "fast"), ("repvgg_a0", None), ("repvgg_b1g4", None)]
+)
 def test_whole_network(name, tune, imagenet_sample):
     network = plain(name)
     images = photographs(imagenet_sample, 2)
     engine = repvgg.compile(network, threads=2, tune=tune)
+    assert relative_error(engine(images), network, images) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", repvgg.list_models("repvgg_[ab]*"))
+def test_every_variant(name, imagenet_sample):
+    network = plain(name)
+    images = photographs(imagenet_sample, 1)
+    engine = repvgg.compile(network, tune=None)
     assert relative_error(engine(images), network, images) < 1e-5
 
 
@@ -180,13 +190,23 @@ def test_numpy_in_numpy_out_without_a_copy():
     np.testing.assert_array_equal(as_tensor.numpy(), as_array)
 
 
+def test_any_order_of_memory():
+    engine = repvgg.compile(plain("repvgg_a0", 10), threads=1, tune=None)
+    images = torch.randn(2, 3, 40, 36)
+    logits = engine(images)
+    assert torch.equal(logits, engine(images.to(memory_format=torch.channels_last)))
+    assert torch.equal(logits, engine(images.transpose(2, 3).contiguous().transpose(2, 3)))
+    every_second = torch.zeros(2, 3, 80, 72)
+    every_second[:, :, ::2, ::2] = images
+    assert torch.equal(logits, engine(every_second[:, :, ::2, ::2]))
+
+
 @pytest.mark.parametrize(
     ("images", "words"),
     [
         (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "float64"),
         (torch.zeros(3, 32, 32), r"\(3, 32, 32\)"),
         (torch.zeros(1, 4, 32, 32), "3 channels"),
-        (torch.zeros(1, 3, 32, 32).to(memory_format=torch.channels_last), "contiguous"),
         (torch.zeros(1, 3, 0, 32), "a size"),
         ([1.0], "list"),
     ],

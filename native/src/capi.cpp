@@ -52,10 +52,10 @@ int rvgg_output_shape(const rvgg_engine* engine, int height, int width, int shap
 int rvgg_run(rvgg_engine* engine, const void* images, rvgg_format format, int count, int height,
              int width, float* result, char* error, size_t error_size) {
   const rvgg::Format layout = format == RVGG_BYTES ? rvgg::Format::bytes : rvgg::Format::floats;
-  return guarded(error, error_size,
-                 [&] { engine->engine.run(images, layout, count, height, width, result); })
-             ? 0
-             : -1;
+  const int channels = engine->engine.network().in_channels;
+  const rvgg::Images batch =
+      rvgg::Images::contiguous(images, layout, count, height, width, channels);
+  return guarded(error, error_size, [&] { engine->engine.run(batch, result); }) ? 0 : -1;
 }
 
 int rvgg_in_channels(const rvgg_engine* engine) { return engine->engine.network().in_channels; }

@@ -175,30 +175,28 @@ Engine::Ready& Engine::prepare(int count, int height, int width) {
   return plans_.front();
 }
 
-void Engine::read_images(const void* images, Format format, int first, int count, const Map& map) {
+void Engine::read_images(const Images& images, int first, const Map& map) {
   const int channels = network_.in_channels;
-  const std::int64_t plane = std::int64_t{map.height} * map.width;
   std::vector<float> scale(static_cast<std::size_t>(channels)), shift(scale);
   for (std::size_t c = 0; c < scale.size(); ++c) {
     scale[c] = 1.0f / (255.0f * network_.deviation[c]);
     shift[c] = -network_.mean[c] / network_.deviation[c];
   }
-  pool_.each(std::int64_t{count} * map.height, [&](int, std::int64_t item) {
+  pool_.each(std::int64_t{map.images} * map.height, [&](int, std::int64_t item) {
     const std::int64_t image = item / map.height, y = item % map.height;
-    float* to = map.data + image * map.image + y * map.row;
-    const std::int64_t from = (first + image) * plane * channels;
-    if (format == Format::bytes) {
-      const auto* bytes = static_cast<const unsigned char*>(images) + from + y * map.width * channels;
-      for (int x = 0; x < map.width; ++x, to += map.pixel) {
-        for (int c = 0; c < channels; ++c) {
-          to[c] = static_cast<float>(*bytes++) * scale[static_cast<std::size_t>(c)] +
-                  shift[static_cast<std::size_t>(c)];
+    const std::ptrdiff_t from = (first + image) * images.image + y * images.row;
+    for (int c = 0; c < channels; ++c) {
+      float* to = map.data + image * map.image + y * map.row + c;
+      const std::ptrdiff_t begin = from + c * images.channel;
+      if (images.format == Format::bytes) {
+        const auto* bytes = static_cast<const unsigned char*>(images.data) + begin;
+        const float a = scale[static_cast<std::size_t>(c)], b = shift[static_cast<std::size_t>(c)];
+        for (int x = 0; x < map.width; ++x) {
+          to[x * map.pixel] = static_cast<float>(bytes[x * images.pixel]) * a + b;
         }
-      }
-    } else {
-      const auto* floats = static_cast<const float*>(images) + from + y * map.width;
-      for (int c = 0; c < channels; ++c) {
-        for (int x = 0; x < map.width; ++x) to[x * map.pixel + c] = floats[c * plane + x];
+      } else {
+        const auto* floats = static_cast<const float*>(images.data) + begin;
+        for (int x = 0; x < map.width; ++x) to[x * map.pixel] = floats[x * images.pixel];
       }
     }
   });
@@ -236,8 +234,7 @@ void Engine::run_node(Ready& ready, int index, int first, int count) {
   clear_border(output, plan.places[static_cast<std::size_t>(index)].border, pool_);
 }
 
-void Engine::execute(Ready& ready, const void* images, Format format, float* result,
-                     double* seconds) {
+void Engine::execute(Ready& ready, const Images& images, float* result, double* seconds) {
   const Plan& plan = ready.plan;
   for (const Segment& segment : plan.segments) {
     for (int first = 0; first < plan.images; first += segment.images) {
@@ -246,7 +243,7 @@ void Engine::execute(Ready& ready, const void* images, Format format, float* res
         const auto start = std::chrono::steady_clock::now();
         if (i == 0) {
           const Place& place = plan.places[0];
-          read_images(images, format, first, count,
+          read_images(images, first,
                       place.map(ready.arena.data(), place.images == plan.images ? first : 0, count));
         }
         run_node(ready, i, first, count);
@@ -268,15 +265,14 @@ void Engine::execute(Ready& ready, const void* images, Format format, float* res
   });
 }
 
-void Engine::run(const void* images, Format format, int count, int height, int width,
-                 float* result) {
-  if (count < 0 || count > kMaxImages) {
+void Engine::run(const Images& images, float* result) {
+  if (images.count < 0 || images.count > kMaxImages) {
     throw Error("images: at most " + std::to_string(kMaxImages) + " in a batch, found " +
-                std::to_string(count));
+                std::to_string(images.count));
   }
-  if (!count) return;
+  if (!images.count) return;
   const std::lock_guard lock(mutex_);
-  execute(prepare(count, height, width), images, format, result, nullptr);
+  execute(prepare(images.count, images.height, images.width), images, result, nullptr);
 }
 
 std::vector<Step> Engine::profile(int count, int height, int width, int repeats) {
@@ -291,7 +287,8 @@ std::vector<Step> Engine::profile(int count, int height, int width, int repeats)
   std::vector<double> least(nodes, 1e9);
   for (int i = 0; i < std::max(repeats, 1); ++i) {
     std::vector<double> seconds(nodes);
-    execute(ready, images.data(), Format::floats, result.data(), seconds.data());
+    execute(ready, Images::contiguous(images.data(), Format::floats, count, height, width, network_.in_channels),
+            result.data(), seconds.data());
     for (std::size_t n = 0; n < nodes; ++n) least[n] = std::min(least[n], seconds[n]);
   }
   std::vector<Step> steps;

@@ -26,6 +26,21 @@ enum class Format {
   floats,  // fp32 (N, C, H, W), normalized
 };
 
+// A batch, in any order of memory: the distances are in elements.
+struct Images {
+  const void* data;
+  Format format;
+  int count, height, width;
+  std::ptrdiff_t image, channel, row, pixel;
+
+  static Images contiguous(const void* data, Format format, int count, int height, int width,
+                           int channels) {
+    const std::ptrdiff_t plane = std::ptrdiff_t{height} * width, all = plane * channels;
+    if (format == Format::floats) return {data, format, count, height, width, all, plane, width, 1};
+    return {data, format, count, height, width, all, 1, std::ptrdiff_t{width} * channels, channels};
+  }
+};
+
 // What one layer took.
 struct Step {
   std::string name, algorithm;
@@ -45,9 +60,9 @@ class Engine {
   // Of the result for images of this size.
   Shape output_shape(int height, int width) const { return network_.shapes(height, width).back(); }
 
-  // images: contiguous. result: fp32 (N, C, H, W) of `output_shape`. Several threads may call this
-  // at once; they take turns. Throws Error, std::bad_alloc.
-  void run(const void* images, Format format, int count, int height, int width, float* result);
+  // result: fp32 (N, C, H, W) of `output_shape`. Several threads may call this at once; they take
+  // turns. Throws Error, std::bad_alloc.
+  void run(const Images& images, float* result);
   // The same on zeros, with the time of each layer: the least of `repeats`.
   std::vector<Step> profile(int count, int height, int width, int repeats);
 
@@ -66,9 +81,9 @@ class Engine {
   };
   Ready& prepare(int count, int height, int width);
   std::shared_ptr<PackedConv> pack(int node, const Algorithm& algorithm);
-  void execute(Ready& ready, const void* images, Format format, float* result, double* seconds);
+  void execute(Ready& ready, const Images& images, float* result, double* seconds);
   void run_node(Ready& ready, int node, int first, int count);
-  void read_images(const void* images, Format format, int first, int count, const Map& map);
+  void read_images(const Images& images, int first, const Map& map);
 
   Network network_;
   const Isa& isa_;

@@ -15,7 +15,7 @@ using namespace nb::literals;
 namespace {
 
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
-using Images = nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro, nb::ndim<4>>;
+using Images = nb::ndarray<nb::device::cpu, nb::ro, nb::ndim<4>>;
 
 // A network that is put together node by node.
 class Builder {
@@ -85,7 +85,7 @@ rvgg::Options options(int threads, bool pin, const std::string& tune, const std:
   return result;
 }
 
-// images: uint8 (N, H, W, C) or fp32 (N, C, H, W).
+// images: uint8 (N, H, W, C) or fp32 (N, C, H, W), in any order of memory.
 nb::ndarray<nb::numpy, float> run(rvgg::Engine& engine, const Images& images) {
   const bool bytes = images.dtype() == nb::dtype<std::uint8_t>();
   if (!bytes && images.dtype() != nb::dtype<float>()) {
@@ -107,8 +107,10 @@ nb::ndarray<nb::numpy, float> run(rvgg::Engine& engine, const Images& images) {
   auto result = std::make_unique<float[]>(std::max<std::size_t>(count * per_image, 1));
   {
     const nb::gil_scoped_release release;
-    engine.run(images.data(), bytes ? rvgg::Format::bytes : rvgg::Format::floats,
-               static_cast<int>(count), static_cast<int>(height), static_cast<int>(width),
+    engine.run({images.data(), bytes ? rvgg::Format::bytes : rvgg::Format::floats,
+                static_cast<int>(count), static_cast<int>(height), static_cast<int>(width),
+                images.stride(0), images.stride(bytes ? 3 : 1), images.stride(bytes ? 1 : 2),
+                images.stride(bytes ? 2 : 3)},
                result.get());
   }
   float* data = result.release();

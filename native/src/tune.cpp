@@ -55,7 +55,7 @@ double tiles_of(const Conv& conv, const Algorithm& a, int images, int height, in
 
 // Peak and bandwidth by two short loops; the model needs their ratio more than their values.
 void Tuner::calibrate() {
-  if (flops_ > 0) return;
+  if (peak_ > 0) return;
   const int rows = isa_.max_rows[2], depth = 256, width = 2 * isa_.lanes;
   Buffer a(static_cast<std::size_t>(rows * depth)), b(static_cast<std::size_t>(depth * width)),
       c(static_cast<std::size_t>(rows * width));
@@ -68,7 +68,9 @@ void Tuner::calibrate() {
     }
     best = std::min(best, seconds_since(start) / 10);
   }
-  flops_ = 2.0 * rows * depth * width / best;
+  peak_ = 2.0 * rows * depth * width / best;
+  if (tuning_ == Tuning::none) return;
+  flops_ = peak_;
   sweep_ = Buffer(kSweep);
   std::fill_n(sweep_.data(), kSweep, 1.0f);
   double pass = 1;
@@ -89,7 +91,6 @@ void Tuner::calibrate() {
 }
 
 double Tuner::model(const Conv& conv, const Algorithm& a, int images, int height, int width) {
-  calibrate();
   const double threads = pool_.threads();
   const double work = images * multiplications(isa_, conv, a, height, width);
   const double in = conv.in_channels, out = conv.out_channels;
@@ -196,7 +197,7 @@ Algorithm Tuner::choose(const Conv& conv, int images, int height, int width) {
     if (applicable(isa_, conv, *forced_)) return *forced_;
     return {0, 0, std::min(forced_->vectors, isa_.max_vectors), forced_->block, false};
   }
-  calibrate();
+  if (tuning_ != Tuning::none) calibrate();
   const std::string name = key(isa_, pool_.threads(), conv, images, height, width);
   if (const auto found = chosen_.find(name); found != chosen_.end()) {
     if (applicable(isa_, conv, found->second)) return found->second;

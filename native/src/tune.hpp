@@ -18,7 +18,8 @@ enum class Tuning {
 
 class Tuner {
  public:
-  Tuner(const Isa& isa, Pool& pool, Tuning tuning) : isa_(isa), pool_(pool), tuning_(tuning) {}
+  Tuner(const Isa& isa, Pool& pool, Tuning tuning)
+      : isa_(isa), pool_(pool), tuning_(tuning), flops_(12e9 * isa.lanes) {}
 
   Algorithm choose(const Conv& conv, int images, int height, int width);
 
@@ -32,7 +33,7 @@ class Tuner {
   // Operations a second of one thread, measured.
   double peak() {
     calibrate();
-    return flops_;
+    return peak_;
   }
   // Expected seconds.
   double model(const Conv& conv, const Algorithm& algorithm, int images, int height, int width);
@@ -45,8 +46,10 @@ class Tuner {
   const Isa& isa_;
   Pool& pool_;
   Tuning tuning_;
-  double flops_ = 0;      // of one thread, in a second
-  double bandwidth_ = 0;  // bytes a second from memory, all threads together
+  double peak_ = 0;  // measured operations of one thread in a second
+  // What the model reckons with. Without tuning these are usual values and not measured, so that
+  // the same network always gets the same plan, and gives the same logits to the last bit.
+  double flops_, bandwidth_ = 20e9;  // bytes a second from memory, all threads together
   Buffer sweep_;          // larger than the caches
   std::map<std::string, Algorithm> chosen_;
   std::optional<Algorithm> forced_;

@@ -82,7 +82,7 @@ void test_one_convolution(const char* isa) {
   const std::vector<double> truth = naive(whole, x.data(), images, height, width);
   Engine engine(std::move(network), options);
   std::vector<float> found(truth.size());
-  engine.run(x.data(), Format::floats, images, height, width, found.data());
+  engine.run(Images::contiguous(x.data(), Format::floats, images, height, width, whole.in_channels), found.data());
   double error = 0, largest = std::sqrt(conv.taps() * conv.in_channels / conv.groups);
   for (std::size_t i = 0; i < truth.size(); ++i) {
     error = std::max(error, std::abs(found[i] - truth[i]));
@@ -133,8 +133,9 @@ void test_network(const std::string& folder) {
     std::vector<unsigned char> images(static_cast<std::size_t>(n * height * width * 3));
     for (auto& byte : images) byte = static_cast<unsigned char>(pick(0, 255));
     std::vector<float> first(static_cast<std::size_t>(n * out.channels * out.height * out.width)), second(first);
-    one.run(images.data(), Format::bytes, n, height, width, first.data());
-    several.run(images.data(), Format::bytes, n, height, width, second.data());
+    const Images batch = Images::contiguous(images.data(), Format::bytes, n, height, width, 3);
+    one.run(batch, first.data());
+    several.run(batch, second.data());
     double error = 0, largest = 0;
     for (std::size_t i = 0; i < first.size(); ++i) {
       error = std::max(error, static_cast<double>(std::abs(first[i] - second[i])));
@@ -144,10 +145,11 @@ void test_network(const std::string& folder) {
   }
   std::vector<std::thread> callers;
   for (int t = 0; t < 3; ++t) {
-    callers.emplace_back([&several, t] {
+    callers.emplace_back([&several] {
       std::vector<float> images(3u * 20 * 20), result(5u * 10 * 10);
-      for (int i = 0; i < 5; ++i) several.run(images.data(), Format::floats, 1, 20, 20, result.data());
-      (void)t;
+      for (int i = 0; i < 5; ++i) {
+        several.run(Images::contiguous(images.data(), Format::floats, 1, 20, 20, 3), result.data());
+      }
     });
   }
   for (std::thread& caller : callers) caller.join();
@@ -189,7 +191,7 @@ void test_hostile_files(const std::string& folder, int rounds) {
       if (engine.network().in_channels > 16 || out.channels * out.height * out.width > 100000) continue;
       std::vector<float> images(static_cast<std::size_t>(engine.network().in_channels) * 81);
       std::vector<float> result(static_cast<std::size_t>(out.channels * out.height * out.width));
-      engine.run(images.data(), Format::floats, 1, 9, 9, result.data());
+      engine.run(Images::contiguous(images.data(), Format::floats, 1, 9, 9, engine.network().in_channels), result.data());
     } catch (const Error&) {
     }
   }

@@ -124,15 +124,15 @@ class Engine:
         """Images → logits.
 
         Args:
-            images: a numpy array or a CPU tensor, contiguous, not copied: fp32 (N, C, H, W),
-                normalized; or uint8 (N, H, W, C), which the engine normalizes.
+            images: a numpy array or a CPU tensor in any order of memory, not copied: fp32
+                (N, C, H, W), normalized; or uint8 (N, H, W, C), which the engine normalizes.
 
         Returns:
             fp32 (N, classes), or (N, C, H, W) if the network ends in a map; of the same kind as
             `images`.
 
         Raises:
-            InputError: another type, shape or layout.
+            InputError: another type or shape.
         """
         array = images if isinstance(images, np.ndarray) else _array_of(images)
         shape = self._checked(array)
@@ -155,8 +155,6 @@ class Engine:
         found = array.size // (n * h * w) if array.size else channels
         if found != channels or not min(h, w):
             raise InputError(f"images: {channels} channels and a size needed, found {array.shape}")
-        if not array.flags.c_contiguous:
-            raise InputError(f"images: contiguous memory needed, found strides {array.strides}")
         return n, h, w
 
     def profile(self, batch: int = 1, size: int | tuple[int, int] = 224, repeats: int = 10) -> Plan:
