@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow test-native check format clean
 
 quickstart: $(READY)
 	$(BIN)/repvgg quickstart
@@ -13,6 +13,25 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest -q -m slow --durations=10
+
+# The engine without Python: its own tests, plainly and under sanitizers, an installed library with
+# the C example, and NEON in an emulator where there are a cross-compiler and QEMU.
+test-native: $(READY)
+	cmake -S native -B build/native -DRVGG_TESTS=ON -DCMAKE_INSTALL_PREFIX=build/installed
+	cmake --build build/native --parallel 2
+	build/native/test_native 100
+	cmake --install build/native
+	PYTHON=$(BIN)/python native/tests/test_example.sh build/installed
+	for kind in address,undefined thread; do \
+		cmake -S native -B build/$$kind -DRVGG_TESTS=ON -DRVGG_SANITIZE=$$kind && \
+		cmake --build build/$$kind --target test_native --parallel 2 && \
+		build/$$kind/test_native 10 || exit 1; \
+	done
+	if command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; then \
+		cmake -S native -B build/neon -DRVGG_TESTS=ON --toolchain tests/aarch64.cmake && \
+		cmake --build build/neon --target test_native --parallel 2 && \
+		qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/test_native 10; \
+	else echo "NEON: not tested, no aarch64-linux-gnu-g++ or qemu-aarch64 here"; fi
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -24,9 +43,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv quickstart
+	rm -rf .venv build quickstart
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(wildcard native/src/* native/CMakeLists.txt)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer needed, found ' + sys.version.split()[0])"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
