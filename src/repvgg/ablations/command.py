@@ -9,6 +9,8 @@ from repvgg.console import say
 from repvgg.errors import InputError
 from repvgg.training.config import TrainConfig
 
+ABLATION_FOLDER = Path("ablation")
+
 
 @dataclass(frozen=True)
 class Ablate:
@@ -17,7 +19,7 @@ class Ablate:
     A stopped ablation goes on where it was, within a run too.
     """
 
-    output: Path
+    output: Path = ABLATION_FOLDER
     """Folder, which gets a run for each row and seed, the results and a chart."""
     rows: tuple[str, ...] = ("all",)
     """Names of blocks, `all`, or `paper` for those of Tables 6 and 7."""
