@@ -42,7 +42,8 @@ class Ablate:
         named = {"all": run.ROWS, "paper": tuple(run.PRINTED)}
         rows = named.get(self.rows[0], self.rows) if len(self.rows) == 1 else self.rows
         outcomes = run.ablate(self.config, self.output, rows, range(self.seeds))
-        title = f"{self.config.model}, {self.config.epochs} epochs of {self.config.data}"
+        plural = "" if self.config.epochs == 1 else "s"
+        title = f"{self.config.model}, {self.config.epochs} epoch{plural} of {self.config.data}"
         report = run.report(outcomes, title, run.speeds(self.output, outcomes))
         report.show()
         report.write_csv(self.output / "table.csv")
