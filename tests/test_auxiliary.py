@@ -1,6 +1,7 @@
 """Auxiliary heads: where they were published to be, part of the loss, gone afterwards."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -52,8 +53,8 @@ def test_repvggplus_is_as_large_as_its_published_code_says():
 
 def test_heads_see_the_stages_in_the_middle_and_half_of_the_last_of_them():
     torch.manual_seed(0)
-    network = create_model(SPEC, num_classes=3).eval()
-    supervised = Supervised(network).eval()
+    network: Any = create_model(SPEC, num_classes=3).eval()
+    supervised: Any = Supervised(network).eval()
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         features = network.stages[:3](x)
@@ -69,7 +70,7 @@ def test_heads_see_the_stages_in_the_middle_and_half_of_the_last_of_them():
 
 def test_blocks_of_two_layers_have_heads_too():
     spec = Spec((1, 4, 4, 1), strides=(1, 2, 2, 1), widths=(4, 6, (8, 8, 10, 10), 12))
-    supervised = Supervised(create_model(spec, num_classes=3, block="residual_reorg"))
+    supervised: Any = Supervised(create_model(spec, num_classes=3, block="residual_reorg"))
     assert [head.conv.in_channels for head in supervised.heads] == [6, 8]
     assert supervised(torch.randn(2, 3, 16, 16)).shape == (3, 2, 3)
 

@@ -67,6 +67,48 @@ def test_saving_refuses_what_could_not_be_loaded(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda block: setattr(block, "activation", nn.SiLU()),
+            r"stages\.1\.0\.activation is ReLU; found SiLU",
+        ),
+        (
+            lambda block: setattr(block.branches.conv3x3.bn, "eps", 0.1),
+            r"stages\.1\.0\.branches\.conv3x3\.bn is batch norm, eps=1e-05; found .* eps=0\.1",
+        ),
+        (
+            lambda block: setattr(block.branches.conv3x3.conv, "dilation", (2, 2)),
+            r"stages\.1\.0\.branches\.conv3x3\.conv is Conv2d\(.*\); found .* dilation=\(2, 2\)",
+        ),
+    ],
+)
+def test_saving_refuses_what_a_file_would_not_keep(model, change, message, tmp_path):
+    change(model.stages[1][0])
+    with pytest.raises(repvgg.InputError, match=message):
+        repvgg.save(model, tmp_path / "net.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_refuses_a_plain_network_of_another_activation(model, tmp_path):
+    model.stages[1][0].activation = nn.SiLU()
+    plain = repvgg.reparameterize(model)
+    with pytest.raises(repvgg.InputError, match=r"stages\.1\.0\.relu is ReLU; found not there"):
+        repvgg.save(plain, tmp_path / "net.safetensors")
+
+
+def test_all_forms_of_batch_norm_and_relu_are_saved_alike(model, tmp_path):
+    from repvgg.training.distributed import synchronized
+
+    synchronized(model, torch.device("cpu"))
+    model.stages[1][0].activation = nn.ReLU()
+    repvgg.save(model, tmp_path / "net.safetensors")
+    images = torch.randn(2, 3, 16, 16)
+    expected = model.eval()(images)
+    torch.testing.assert_close(repvgg.load(tmp_path / "net.safetensors")(images), expected)
+
+
 def test_a_failed_save_leaves_the_earlier_file(model, tmp_path, monkeypatch):
     path = tmp_path / "net.safetensors"
     repvgg.save(model, path)

@@ -21,7 +21,7 @@ from repvgg.training.recipes import RECIPES
 REPVGG = Path(sys.executable).with_name("repvgg")
 NEEDED = {
     "quickstart": [],
-    "train": ["--output", "run"],
+    "train": [],
     "evaluate": ["model", "--data", "digits"],
     "convert": ["model", "output"],
     "predict": ["model", "image"],
@@ -29,7 +29,7 @@ NEEDED = {
     "recipes": [],
     "pack": ["folder", "output"],
     "export": ["model", "output"],
-    "ablate": ["--output", "ablation"],
+    "ablate": [],
     "bench": ["model"],
     "compare": ["resnet18"],
     "reproduce": ["table4"],
@@ -119,11 +119,37 @@ def test_a_recipe_shows_its_own_defaults():
 def test_recipes_are_listed_and_a_config_is_shown_whole():
     text = succeed("recipes")
     assert all(name in text for name in RECIPES)
-    shown = succeed("train", "--recipe", "imagenet-200", "--output", "x", "--print-config")
+    shown = succeed("train", "--recipe", "imagenet-200", "--print-config")
     config = TrainConfig(**json.loads(shown))
     assert config == RECIPES["imagenet-200"]()
     assert (config.epochs, config.warmup_epochs, config.label_smoothing) == (200, 5, 0.1)
     assert (config.mixup, config.augmentation) == (0.2, "autoaugment-crop-flip")
+
+
+def test_a_run_without_output_is_named_after_recipe_and_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = "repvgg_digits:depths=1-1-1-1"
+    text = succeed("train", "--recipe", "digits", "--epochs", 1, "--workers", 0, "--model", model)
+    folder = Path("runs/digits-repvgg_digits-depths=1-1-1-1")
+    assert f"models: {folder / 'best.safetensors'}" in text
+    assert (folder / "last.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --epochs 0", "--epochs: 1 or more needed, found 0"),
+        ("train --recipe cifar10 --batch-size 1", "--batch-size: 2 or more needed, found 1"),
+        ("ablate --auxiliary-weight -1", "--auxiliary-weight: 0 or more needed, found -1.0"),
+        ("compare resnet18 --rounds 0", "--rounds: 1 or more needed, found 0"),
+        (
+            "reproduce table4 --runtime openvino --precision bf16",
+            "--precision: openvino is measured in fp32 alone, found bf16",
+        ),
+    ],
+)
+def test_values_that_a_config_refuses_are_named_by_their_option_in_one_line(command, message):
+    assert refuse(*command.split()) == f"repvgg: {message}\n"
 
 
 def test_the_same_command_again_goes_on_and_another_is_refused(trained):

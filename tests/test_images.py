@@ -193,6 +193,13 @@ def test_augmentation_keeps_size_and_flips_only_if_it_says_so(augmentation):
     assert different == 1 if augmentation == "none" else different > 5
 
 
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("augmentation", ["shift-flip", "shift-alternate-flip", "shift"])
+def test_the_smallest_images_can_be_shifted(size, augmentation):
+    transform = training_transform(Preprocessing.for_channels(1, size), augmentation)
+    assert transform(Image.new("L", (size, size), 7)).shape == (1, size, size)
+
+
 def test_the_padding_of_alternate_flips_is_the_image_itself():
     ramp = Image.fromarray(np.tile(np.arange(100, 228, 4, dtype=np.uint8), (32, 1)))
     preprocessing = Preprocessing.for_channels(1, 32)

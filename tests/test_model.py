@@ -226,6 +226,12 @@ def test_without_published_weights_there_are_none(name):
         create_model(name, pretrained=True)
 
 
+@pytest.mark.parametrize("model", [123, None, ("repvgg_a0",)])
+def test_what_is_neither_a_name_nor_a_spec_is_refused(model):
+    with pytest.raises(InputError, match=r"model=.*: a name or a Spec needed"):
+        create_model(model)
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match=r"'repvgg_z9' is unknown; one of repvgg_a0, .* needed"):
         create_model("repvgg_z9")

@@ -180,6 +180,16 @@ def test_a_block_alone_converts(relative_error, randomized):
     assert conversion.blocks == ("",)
 
 
+def test_a_block_without_parameters_converts():
+    from repvgg.ablations.branches import Identity
+
+    block = MultiBranchBlock(Layer(4, 4, groups=2), {"identity": Identity(Layer(4, 4, groups=2))})
+    plain = reparameterize(block)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(plain(x), x.relu())
+    assert {(p.dtype, p.requires_grad) for p in plain.parameters()} == {(torch.float32, False)}
+
+
 def test_what_is_shared_stays_shared(relative_error, randomized):
     block, other = repvgg_block(Layer(4, 4)), repvgg_block(Layer(4, 4))
     block.activation = other.activation = nn.PReLU()

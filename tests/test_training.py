@@ -25,7 +25,7 @@ from repvgg.training.evaluation import evaluate, evaluation_loader, with_classes
 from repvgg.training.loop import Run, train
 from repvgg.training.optimizer import build_optimizer, learning_rate
 from repvgg.training.recipes import RECIPES, digits
-from repvgg.training.setup import choose_device
+from repvgg.training.setup import choose_device, open_both_splits
 
 SHORT = dataclasses.replace(digits(), epochs=3, batch_size=256, base_batch_size=256)
 ALONE = World(0, 1, torch.device("cpu"))
@@ -279,6 +279,23 @@ def test_classes_that_differ_between_the_splits_are_named(tmp_path):
     (root / "val" / "class1").rename(root / "val" / "klass1")
     with pytest.raises(InputError, match="class1, klass1 in one alone"):
         train(dataclasses.replace(FOLDER_CONFIG, data=str(root)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["val/ant", "val/bee"], "train/ and val/ are needed in it, .* found no train/"),
+        (["ant", "bee"], "train/ and val/ are needed in it, .* found no train/"),
+        (["train/ant", "train/bee"], "a folder val .* beside train is needed"),
+        (["train/all", "val/all"], "2 classes or more are needed, found all alone"),
+    ],
+)
+def test_folders_that_cannot_be_trained_on_are_named(folders, message, tmp_path):
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    with pytest.raises(InputError, match=message):
+        open_both_splits(str(tmp_path))
 
 
 def test_other_images_than_the_run_was_begun_with_are_refused(tmp_path):

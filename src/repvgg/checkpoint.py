@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.blocks import is_plain, trained_name
+from repvgg.branches import MultiBranchBlock
 from repvgg.errors import InputError
 from repvgg.files import existing_file, written_aside
 from repvgg.foreign import read_state_dict, to_our_names
@@ -38,13 +40,37 @@ def save(model: nn.Module, path: str | Path) -> None:
     network = unwrapped(model)
     if not isinstance(network, RepVGG):
         raise InputError(f"save: a RepVGG is needed, found a {type(network).__name__}")
-    state = network.state_dict()
-    _check_tensors(_on_meta(network.config()), state, "the model to save, against its own spec")
+    state, by_spec = network.state_dict(), _on_meta(network.config())
+    _check_tensors(by_spec, state, "the model to save, against its own spec")
+    _check_modules(by_spec, network)
     # Copies, since two names for one storage are refused, and since layout is not kept.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     description = json.dumps({"format": FORMAT, **network.config()})
     with written_aside(path) as aside:
         save_file(tensors, aside, metadata={METADATA_KEY: description})
+
+
+def _check_modules(by_spec: RepVGG, network: RepVGG) -> None:
+    """Raise unless a network computes what its spec says, since a file keeps no more than that."""
+    needed, found = (dict(model.named_modules()) for model in (by_spec, network))
+    for name in [*needed, *(found.keys() - needed.keys())]:
+        expected, actual = _meaning(needed.get(name)), _meaning(found.get(name))
+        if actual != expected:
+            raise InputError(
+                f"save: a file keeps weights and spec alone, by which {name} is {expected}; "
+                f"found {actual}"
+            )
+
+
+def _meaning(module: nn.Module | None) -> str:
+    """What a module computes, apart from its weights; alike for all forms of batch norm."""
+    if module is None:
+        return "not there"
+    if isinstance(module, _BatchNorm):
+        return f"batch norm, eps={module.eps}"
+    if isinstance(module, nn.Conv2d | MultiBranchBlock):
+        return f"{type(module).__name__}({module.extra_repr()})"
+    return type(module).__name__
 
 
 def load(path: str | Path) -> RepVGG:

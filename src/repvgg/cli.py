@@ -4,8 +4,11 @@ A command is a dataclass, whose fields are its flags, and a `run` that imports w
 then, so that `--help` answers at once. Wrong input ends in one line and exit code 2.
 """
 
+import contextlib
+import io
 import json
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -50,8 +53,9 @@ class Quickstart:
 class Train:
     """Train a network on a folder of images, or go on where the same command stopped."""
 
-    output: Path
-    """Folder of the run: models, history, and the states to go on from."""
+    output: Path | None = None
+    """Folder of the run: models, history, and the states to go on from; if not given, one in runs/
+    that is named after recipe and model."""
     recipe: Literal[tuple(RECIPES)] = "imagenet-120"  # pyright: ignore[reportInvalidTypeForm]
     """Named config that the flags below change; `--recipe NAME --help` shows its values."""
     restart: bool = False
@@ -66,11 +70,16 @@ class Train:
             return
         from repvgg.training.loop import train
 
-        folder = train(self.config, self.output, restart=self.restart)
+        folder = train(self.config, self.output or self._usual_output, restart=self.restart)
         if os.environ.get("RANK", "0") != "0":
             return
         say(f"models: {folder.best} (best test accuracy), {folder.last}; history: {folder.path}")
         say(f"next: repvgg convert {folder.best} {folder.path / 'plain.safetensors'}")
+
+    @property
+    def _usual_output(self) -> Path:
+        """A folder whose name any file system takes."""
+        return Path("runs") / re.sub(r"[^\w.,=-]", "-", f"{self.recipe}-{self.config.model}")
 
 
 @dataclass(frozen=True)
@@ -347,9 +356,44 @@ def _parser(arguments: list[str]) -> Any:
         recipe = _chosen_recipe(arguments)
         commands["train"] = Annotated[
             Train,
-            subcommand("train", default=Train(tyro.MISSING, recipe, config=RECIPES[recipe]())),
+            subcommand("train", default=Train(recipe=recipe, config=RECIPES[recipe]())),
         ]
     return Union[tuple(commands.values())]  # noqa: UP007
+
+
+class _Held(io.StringIO):
+    """What is said on the standard error, kept back, in the colours that it would have there."""
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+
+def _parsed(arguments: list[str]) -> Any:
+    """The command that the arguments name.
+
+    Raises:
+        InputError: values that its config refuses, which tyro would report under names of its own.
+        SystemExit: anything else that is wrong, which tyro has reported.
+    """
+    held = _Held()
+    try:
+        with contextlib.redirect_stderr(held):
+            return tyro.cli(
+                _parser(arguments),
+                prog="repvgg",
+                description="Networks that train with many branches and run as a plain stack of "
+                "3×3 convolution + ReLU.",
+                args=arguments or ["--help"],
+            )
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__context__
+        if cause is None:
+            sys.stderr.write(held.getvalue())
+            raise
+        field, colon, reason = str(cause).partition(":")
+        raise InputError(f"--{field.replace('_', '-')}{colon}{reason}") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -357,14 +401,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = lambda message, *_, **__: warn(f"warning: {message}")
     try:
-        command = tyro.cli(
-            _parser(arguments),
-            prog="repvgg",
-            description="Networks that train with many branches and run as a plain stack of 3×3 "
-            "convolution + ReLU.",
-            args=arguments or ["--help"],
-        )
-        command.run()
+        _parsed(arguments).run()
     except InputError as error:
         warn(f"repvgg: {error}")
         sys.exit(2)

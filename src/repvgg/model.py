@@ -333,6 +333,8 @@ def create_model(
         raise InputError(f"create_model: unknown arguments {unknown}; {sorted(known)} exist")
     if out_indices is not None and not features_only:
         raise InputError("out_indices is only for features_only=True")
+    if not isinstance(model, str | Spec):
+        raise InputError(f"model={model!r}: a name or a Spec needed")
     spec = parse_spec(model) if isinstance(model, str) else model
     if isinstance(model, str) and options.get("preprocessing") is None:
         size = IMAGE_SIZES.get(model.partition(":")[0], DEFAULT_IMAGE_SIZE)

@@ -130,7 +130,9 @@ def _plain_of(block: MultiBranchBlock, name: str, memo: dict[int, Any]) -> nn.Se
         ) from None
     with torch.device("meta"):  # no memory, and no draw from the random generator
         conv = plain_conv(block.layer)
-    _set_weights(conv, kernel, bias, like=next(block.parameters()))
+    # A block may have no parameters: that of an identity alone.
+    usual = kernel.new_empty(0, dtype=torch.get_default_dtype())
+    _set_weights(conv, kernel, bias, like=next(block.parameters(), usual))
     activation = copy.deepcopy(block.activation, memo)
     parts = OrderedDict[str, nn.Module](conv=conv)
     if not isinstance(activation, nn.Identity):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -162,8 +163,7 @@ def _openvino(onnx: Path, images: Tensor, threads: int) -> Runner:
 
 
 def _ncnn(onnx: Path, images: Tensor, threads: int) -> Runner:
-    import ncnn
-
+    ncnn: Any = import_module("ncnn")  # without types
     network = ncnn.Net()
     options = network.opt
     options.num_threads, options.use_vulkan_compute = threads, False
@@ -194,9 +194,8 @@ def _ncnn(onnx: Path, images: Tensor, threads: int) -> Runner:
 
 
 def _mnn(onnx: Path, images: Tensor, threads: int) -> Runner:
-    import MNN.expr as expr
-    import MNN.nn as nn
-
+    # Without types; and `nn` is PyTorch's here.
+    mnn, expr = (cast(Any, import_module(f"MNN.{name}")) for name in ("nn", "expr"))
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "network.mnn"
         # Its own command would install a package and report to a server.
@@ -204,7 +203,7 @@ def _mnn(onnx: Path, images: Tensor, threads: int) -> Runner:
         files = ["--modelFile", str(onnx.resolve()), "--MNNModel", str(target)]
         command = [sys.executable, "-c", script, "-f", "ONNX", *files, "--bizCode", "repvgg"]
         _convert("mnn", command, target)
-        network = nn.load_module_from_file(
+        network = mnn.load_module_from_file(
             str(target),
             ["images"],
             ["logits"],

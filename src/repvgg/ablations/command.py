@@ -9,6 +9,8 @@ from repvgg.console import say
 from repvgg.errors import InputError
 from repvgg.training.config import TrainConfig
 
+ABLATION_FOLDER = Path("ablation")
+
 
 @dataclass(frozen=True)
 class Ablate:
@@ -17,7 +19,7 @@ class Ablate:
     A stopped ablation goes on where it was, within a run too.
     """
 
-    output: Path
+    output: Path = ABLATION_FOLDER
     """Folder, which gets a run for each row and seed, the results and a chart."""
     rows: tuple[str, ...] = ("all",)
     """Names of blocks, `all`, or `paper` for those of Tables 6 and 7."""
@@ -40,7 +42,8 @@ class Ablate:
         named = {"all": run.ROWS, "paper": tuple(run.PRINTED)}
         rows = named.get(self.rows[0], self.rows) if len(self.rows) == 1 else self.rows
         outcomes = run.ablate(self.config, self.output, rows, range(self.seeds))
-        title = f"{self.config.model}, {self.config.epochs} epochs of {self.config.data}"
+        plural = "" if self.config.epochs == 1 else "s"
+        title = f"{self.config.model}, {self.config.epochs} epoch{plural} of {self.config.data}"
         report = run.report(outcomes, title, run.speeds(self.output, outcomes))
         report.show()
         report.write_csv(self.output / "table.csv")

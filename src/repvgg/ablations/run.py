@@ -15,7 +15,7 @@ import torch
 from repvgg.checkpoint import load
 from repvgg.console import say
 from repvgg.errors import InputError
-from repvgg.files import existing_file, written_aside
+from repvgg.files import written_aside
 from repvgg.model import RepVGG
 from repvgg.reparam import reparameterize
 from repvgg.reproduce.figures import write_figure
@@ -135,7 +135,8 @@ def read_outcomes(path: Path) -> list[Outcome]:
     Raises:
         InputError: no such file, or something else in it.
     """
-    existing_file(path)
+    if not path.is_file():
+        raise InputError(f"{path}: results of `repvgg ablate` are needed, found nothing")
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return [

@@ -53,7 +53,8 @@ def training_transform(preprocessing: Preprocessing, augmentation: Augmentation)
             v2.CenterCrop(size),
             v2.RandomCrop(
                 size,
-                padding=max(1, size // 8),
+                # At most what there is to reflect.
+                padding=min(max(1, size // 8), size - 1) if alternate else max(1, size // 8),
                 padding_mode="reflect" if alternate else "constant",
             ),
         ]

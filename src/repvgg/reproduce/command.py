@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from repvgg.ablations.command import ABLATION_FOLDER
 from repvgg.console import say
 from repvgg.errors import InputError
 from repvgg.protocol import Protocol
@@ -32,8 +33,9 @@ class Reproduce:
     results in the output folder; `table6` and `table7` show what `repvgg ablate` left there."""
     quick: bool = False
     """Batches of 8 and 5 rounds in place of the paper's 128 and 50, for a small machine."""
-    output: Path = Path("reproduced")
-    """Folder for results, tables and pictures."""
+    output: Path | None = None
+    """Folder for results, tables and pictures; `reproduced` if not given, and for `table6` and
+    `table7` that of `repvgg ablate`."""
     page: Path | None = None
     """File that `page` writes; results.md in the output folder if not given."""
     restart: bool = False
@@ -44,8 +46,8 @@ class Reproduce:
         if self.what == "page":
             from repvgg.reproduce.page import write_page
 
-            page = self.page or self.output / "results.md"
-            write_page(self.output, page)
+            page = self.page or self._folder / "results.md"
+            write_page(self._folder, page)
             say(f"written: {page}")
         elif self.what == "table1":
             self._table1()
@@ -60,10 +62,15 @@ class Reproduce:
     def _used(self) -> Protocol:
         return self.protocol.quick() if self.quick else self.protocol
 
+    @property
+    def _folder(self) -> Path:
+        usual = ABLATION_FOLDER if self.what in ("table6", "table7") else Path("reproduced")
+        return self.output or usual
+
     def _record(self, what: str, protocol: Protocol) -> "Record":
         from repvgg.speed import Record
 
-        return Record(self.output / f"{what}-{protocol.slug}.json", protocol, restart=self.restart)
+        return Record(self._folder / f"{what}-{protocol.slug}.json", protocol, restart=self.restart)
 
     def _table1(self) -> None:
         from repvgg.reproduce import table1
@@ -98,7 +105,7 @@ class Reproduce:
         record = self._measured([row.name for row in printed])
         speeds, title = record.speeds(), record.protocol.title
         if self.what == "figure1":
-            path = self.output / f"figure1-{record.protocol.slug}.png"
+            path = self._folder / f"figure1-{record.protocol.slug}.png"
             figures.draw_figure1(path, speeds, f"{record.facts['machine']}, {title}")
             say(f"drawn: {path} and .svg")
             return
@@ -131,7 +138,7 @@ class Reproduce:
             8 if self.quick else min(protocol.batch, 32), torch_device(protocol)
         )
         report.show()
-        path = self.output / "figure3.png"
+        path = self._folder / "figure3.png"
         report.write_csv(path.with_suffix(".csv"))
         figures.draw_figure3(path, report)
         say(f"drawn: {path} and .svg")
@@ -142,10 +149,10 @@ class Reproduce:
 
         table = TABLE6 if self.what == "table6" else TABLE7
         blocks = {row.block for row in table}
-        outcomes = run.read_outcomes(self.output / run.RESULTS)
+        outcomes = run.read_outcomes(self._folder / run.RESULTS)
         found = [outcome for outcome in outcomes if outcome.block in blocks]
-        times = run.speeds(self.output, found)
-        run.report(found, f"Table {self.what[-1]} ({self.output})", times, table).show()
+        times = run.speeds(self._folder, found)
+        run.report(found, f"Table {self.what[-1]} ({self._folder})", times, table).show()
         run.orders(found, table).show()
 
     def _publish(self, report: "Report", record: "Record", drawn: tuple[str, str]) -> None:
@@ -153,7 +160,7 @@ class Reproduce:
         from repvgg.reproduce.figures import draw_bars
 
         report.show()
-        path = self.output / f"{self.what}-{record.protocol.slug}.csv"
+        path = self._folder / f"{self.what}-{record.protocol.slug}.csv"
         report.write_csv(path)
         draw_bars(path.with_suffix(".png"), report, drawn)
         say(f"written: {path}, .png and .svg; every round: {record.path}")

@@ -1,8 +1,10 @@
 """What a config turns into before the first step: device, network, loaders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from repvgg.checkpoint import load_weights
 from repvgg.data.images import Images, open_images
 from repvgg.data.loader import Loader, derived_seed
+from repvgg.data.shards import is_packed
 from repvgg.data.transforms import training_transform
 from repvgg.errors import InputError
 from repvgg.lean import use_implementation
@@ -42,16 +45,27 @@ def open_both_splits(data: str) -> tuple[Images, Images]:
     """The images to train on and those to test on.
 
     Raises:
-        InputError: a source that cannot be used, or other classes in one split than in the other.
+        InputError: a source that cannot be used, other classes in one split than in the other, or
+            one class alone.
     """
     if not data:
         raise InputError("data: a folder of images is needed, found none given")
+    folder = Path(data)
+    if folder.is_dir() and not is_packed(folder) and not (folder / "train").is_dir():
+        # Else the same images would train and test it.
+        raise InputError(
+            f"{data}: train/ and val/ are needed in it, each with a folder a class; found no train/"
+        )
     train, test = open_images(data, "train"), open_images(data, "test")
     if train.class_names != test.class_names:
         different = sorted(set(train.class_names) ^ set(test.class_names))
         raise InputError(
             f"{data}: the same classes to train and to test on are needed, found "
             f"{', '.join(different[:5])} in one alone"
+        )
+    if len(train.class_names) < 2:
+        raise InputError(
+            f"{data}: 2 classes or more are needed, found {', '.join(train.class_names)} alone"
         )
     return train, test
 
@@ -138,7 +152,8 @@ def on_device(model: nn.Module, config: TrainConfig, world: World) -> None:
 def for_steps(model: RepVGG | Supervised, config: TrainConfig, world: World) -> nn.Module:
     """What the steps of the optimizer run: the model, wrapped as the config and world need."""
     if config.gradient_checkpointing:
-        for part in model.parts if isinstance(model, Supervised) else model.stages:
+        parts = model.parts if isinstance(model, Supervised) else model.stages
+        for part in cast(Iterable[nn.Module], parts):
             part.forward = partial(_recomputed, part, part.forward)
     if config.compile:
         model.compile()
