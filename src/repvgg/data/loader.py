@@ -6,7 +6,8 @@ after a stop sees what it would have seen.
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from repvgg.data.ahead import fetched_ahead
 from repvgg.data.images import Images
-from repvgg.data.order import epoch_order
+from repvgg.data.order import epoch_order, groups_in_order
 from repvgg.data.transforms import Transform
 from repvgg.errors import InputError
 
@@ -127,12 +129,18 @@ class BatchSampler:
             for start in range(0, len(own), self.batch_size):
                 yield [(self.epoch, index) for index in own[start : start + self.batch_size]]
             return
-        order = epoch_order(self.images, self.seed, self.epoch)
-        for number in range(self.skip, len(self)):
-            start = number * self.batch_size
+        order = self.order()
+        for start in range(0, len(order), self.batch_size):
             share = min(self.batch_size, len(order) - start) // self.size
             start += self.rank * share
             yield [(self.epoch, index) for index in order[start : start + share]]
+
+    def order(self) -> Sequence[int]:
+        """The images that are still to be seen in this pass, by all processes together."""
+        if self.seed is None:
+            return range(len(self.images))
+        order = epoch_order(self.images, self.seed, self.epoch)
+        return order[self.skip * self.batch_size : len(self) * self.batch_size]
 
 
 class Loader:
@@ -195,7 +203,15 @@ class Loader:
             skip: batches to leave out at its begin.
         """
         self.sampler.epoch, self.sampler.skip = epoch, skip
-        return iter(self._loader)
+        batches = iter(self._loader)  # starts the workers: a process with threads should not fork
+        with self._fetched_ahead():
+            yield from batches
+
+    def _fetched_ahead(self) -> AbstractContextManager[None]:
+        images = self.sampler.images
+        if images.fetch is None or int(os.environ.get("LOCAL_RANK", 0)) != 0:
+            return nullcontext()  # the first process of a machine does it for all
+        return fetched_ahead(images.fetch, groups_in_order(images, self.sampler.order()))
 
 
 def default_workers(images: int, *, beside_network: bool) -> int:
