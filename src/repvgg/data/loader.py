@@ -74,14 +74,19 @@ class Samples(Dataset[Any]):
         alternate_flip: bool = False,
     ):
         self.images, self.transform, self.seed, self.mixup = images, transform, seed, mixup
-        self.alternate_flip = alternate_flip
+        sides = np.random.default_rng([seed, 2]).integers(2, size=len(images), dtype=np.uint8)
+        self.sides = sides if alternate_flip else None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
-        """The image (C, H, W), its label and share of a mixture, or why it cannot be decoded."""
-        epoch, index = key
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | InputError]:
+        """Of each key, the image (C, H, W), its label and share of a mixture, or what is broken."""
+        # torchvision's transforms draw from torch's global generator.
+        with torch.random.fork_rng(devices=[]):
+            return [self._sample(*key) for key in keys]
+
+    def _sample(self, epoch: int, index: int) -> Sample | InputError:
         try:
             image = self.images.decode(index)
         except InputError as error:
@@ -89,11 +94,9 @@ class Samples(Dataset[Any]):
         share = 1.0
         if self.mixup:
             share = np.random.default_rng([self.seed, epoch, index]).beta(self.mixup, self.mixup)
-        # torchvision's transforms draw from torch's global generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
-            image = self.transform(image)
-        if self.alternate_flip and (derived_seed(self.seed, index) + epoch) % 2:
+        torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
+        image = self.transform(image)
+        if self.sides is not None and (self.sides[index] + epoch) % 2:
             image = image.flip(-1)
         return image, self.images.labels[index], share
 
