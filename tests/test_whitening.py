@@ -51,10 +51,9 @@ def test_the_stem_shows_uncorrelated_directions_of_unit_variance_in_both_signs(c
     spec = Spec((1, 1), strides=(2, 1), widths=(width, 8))
     torch.manual_seed(0)
     network = create_model(spec, num_classes=2, in_chans=channels, preprocessing=preprocessing)
-    drawn = network.stages[0][0].branches.conv3x3.conv.weight.detach().clone()
+    kernel = network.get_parameter("stages.0.0.branches.conv3x3.conv.weight")
+    drawn = kernel.detach().clone()
     whiten_stem(network, images)
-    branches = network.stages[0][0].branches
-    kernel = branches.conv3x3.conv.weight
     count = min(width // 2, 9 * channels)
     shown = F.conv2d(normalized(images, preprocessing), kernel.double(), stride=2)
     shown = shown.transpose(0, 1).flatten(1)
@@ -63,7 +62,7 @@ def test_the_stem_shows_uncorrelated_directions_of_unit_variance_in_both_signs(c
     torch.testing.assert_close(shown[count : 2 * count], -shown[:count])
     assert torch.equal(kernel[2 * count :], drawn[2 * count :])
     assert not kernel.requires_grad
-    assert not branches.conv1x1.bn.weight.any()
+    assert not network.get_parameter("stages.0.0.branches.conv1x1.bn.weight").any()
 
 
 def test_images_of_one_colour_give_a_finite_stem():
@@ -72,7 +71,7 @@ def test_images_of_one_colour_give_a_finite_stem():
     )
     network = create_model("repvgg_cifar:depths=1-1-1-1,widths=16-4-4-4", num_classes=2)
     whiten_stem(network, images)
-    assert network.stages[0][0].branches.conv3x3.conv.weight.isfinite().all()
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
 def test_broken_images_are_passed_over_unless_all_are():

@@ -39,7 +39,7 @@ def whiten_stem(network: RepVGG, images: Images) -> None:
         InputError: the first block has no such branch.
     """
     stem = cast(torch.nn.Sequential, network.stages[0])[0]
-    branches = dict(stem.branches) if isinstance(stem, MultiBranchBlock) else {}
+    branches = dict(stem.branches.items()) if isinstance(stem, MultiBranchBlock) else {}
     dense, pointwise = branches.get("conv3x3"), branches.get("conv1x1")
     if not isinstance(dense, ConvBN):
         raise InputError(
@@ -47,7 +47,7 @@ def whiten_stem(network: RepVGG, images: Images) -> None:
             f"found block {network.block!r}"
         )
     kernel = dense.conv.weight
-    covariance = patch_covariance(images, network.preprocessing, stem.layer.stride)
+    covariance = patch_covariance(images, network.preprocessing, network.spec.strides[0])
     variances, directions = torch.linalg.eigh(covariance)
     count = min(len(kernel) // 2, len(variances))
     # The floor is for images without any variance, as of one colour.
