@@ -21,6 +21,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE
 TRAIN = (
     *("train", "--recipe", "digits", "--epochs", "3", "--batch-size", "128"),
     *("--checkpoint-minutes", "0", "--ema-decay", "0.9", "--mixup", "0.2"),
+    *("--optimizer", "muon", "--bias-rate", "4", "--whiten-stem", "--augmentation"),
+    "shift-alternate-flip",
 )
 
 
