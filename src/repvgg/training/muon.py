@@ -21,9 +21,10 @@ class Muon(Optimizer):
 
     The kernel (O, I, H, W) is seen as the matrix (O, I·H·W) of each of its groups. The gradient
     with Nesterov's momentum is replaced by the nearest matrix whose singular values are about 1, so
-    all directions are learned at once, the rare ones too. Batch norm makes a kernel's length
-    meaningless and so a rate too, unless the length is fixed: before each step it is made √O, that
-    of the step, so that the rate is the step relative to the kernel, about an angle.
+    all directions are learned at once, the rare ones too. With a batch norm behind it, the length
+    of a kernel has no meaning, and so a rate has none unless the length is fixed: before each step
+    it is made √O, which is that of the step too (of no more outputs than inputs), so that the rate
+    is about the angle of a step. No weight decay is needed.
 
     Each branch of a block has a batch norm of its own, so that 3×3 and 1×1 kernels are treated
     alike, each by itself.
