@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
+from torchvision.transforms.v2 import functional as F
 
 from repvgg.data.images import decode_image, find_images, open_images
 from repvgg.data.loader import Loader, Remembered, default_workers, derived_seed
 from repvgg.data.order import epoch_order
-from repvgg.data.transforms import evaluation_transform, normalize, training_transform
+from repvgg.data.transforms import Shift, evaluation_transform, normalize, training_transform
 from repvgg.errors import InputError
 from repvgg.preprocessing import Preprocessing
 
@@ -198,6 +200,27 @@ def test_augmentation_keeps_size_and_flips_only_if_it_says_so(augmentation):
 def test_the_smallest_images_can_be_shifted(size, augmentation):
     transform = training_transform(Preprocessing.for_channels(1, size), augmentation)
     assert transform(Image.new("L", (size, size), 7)).shape == (1, size, size)
+
+
+@pytest.mark.parametrize(
+    ("channels", "reflect", "flip"), [(3, True, False), (3, False, True), (1, False, False)]
+)
+def test_shifts_are_all_crops_of_torchvisions_padded_image_about_equally_often(
+    channels, reflect, flip
+):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze())
+    mode = "reflect" if reflect else "constant"
+    padded = F.pad(F.pil_to_tensor(image), [2] * 4, padding_mode=mode)
+    places = [(down, right) for down in range(5) for right in range(5)]
+    crops = [F.crop(padded, down, right, 16, 16) for down, right in places]
+    expected = crops + [crop.flip(-1) for crop in crops] * flip
+    torch.manual_seed(0)
+    shift = Shift(16, reflect=reflect, flip=flip)
+    counts = Counter(shift(image).numpy().tobytes() for _ in range(40 * len(expected)))
+    assert counts.keys() == {crop.numpy().tobytes() for crop in expected}
+    assert min(counts.values()) > 15
+    assert max(counts.values()) < 70
 
 
 def test_the_padding_of_alternate_flips_is_the_image_itself():

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repvgg.data.images import Images
-from repvgg.data.order import WINDOW, epoch_order
+from repvgg.data.order import WINDOW, epoch_order, groups_in_order
 
 
 def images_in(sizes, grouped=True):
@@ -51,3 +51,11 @@ def test_shards_change_their_place_and_their_neighbours_from_pass_to_pass():
     first = [frozenset(shard_of[epoch_order(images, 0, e)[: 4 * WINDOW]]) for e in range(30)]
     assert len(set(first)) == 30
     assert set.union(*map(set, first)) == set(range(3 * WINDOW))
+
+
+@given(sizes, numbers, st.data())
+def test_groups_come_in_the_order_in_which_they_are_first_needed(sizes, seed, data):
+    images = images_in(sizes)
+    order = epoch_order(images, seed, 0)[data.draw(st.integers(0, sum(sizes))) :]
+    group_of = np.repeat(np.arange(len(sizes)), sizes)
+    assert groups_in_order(images, order) == list(dict.fromkeys(group_of[order].tolist()))

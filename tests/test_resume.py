@@ -22,6 +22,8 @@ TRAIN = (
     *("train", "--recipe", "digits", "--epochs", "3", "--batch-size", "128"),
     *("--checkpoint-minutes", "0", "--ema-decay", "0.9", "--mixup", "0.2"),
     *("--auxiliary-weight", "0.1"),
+    *("--optimizer", "muon", "--bias-rate", "4", "--whiten-stem", "--augmentation"),
+    "shift-alternate-flip",
 )
 
 

@@ -4,13 +4,17 @@ import functools
 import http.server
 import multiprocessing
 import threading
+import time
 from typing import ClassVar
 
 import pytest
+import torch
 
 from repvgg.data import store
+from repvgg.data.ahead import fetched_ahead
 from repvgg.data.images import open_images
 from repvgg.data.loader import Loader
+from repvgg.data.order import WINDOW
 from repvgg.data.shards import open_shards
 from repvgg.data.store import ShardError
 from repvgg.data.transforms import training_transform
@@ -75,6 +79,55 @@ def test_a_plain_web_server_is_enough(packed, cache):
         server.shutdown()
         thread.join()
     assert set(Quiet.requests) == {"/index.json", "/val-000000.tar", "/none/index.json"}
+
+
+class Together(Quiet):
+    """A server that answers no request for a shard before so many others are waiting too."""
+
+    waiting: ClassVar[threading.Barrier]
+
+    def do_GET(self):
+        if self.path.endswith(".tar"):
+            self.waiting.wait(60)
+        super().do_GET()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_asks_for_the_next_shards_before_it_has_the_last(packed, cache, workers):
+    pytest.importorskip("aiohttp")
+    shards = len(list(packed.glob("train-*.tar")))
+    assert 2 <= shards <= WINDOW
+    Together.waiting = threading.Barrier(shards)  # all of them, one after the other, would fail
+    handler = functools.partial(Together, directory=str(packed))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        images = open_images(f"shards:http://127.0.0.1:{server.server_port}", "train")
+        transform = training_transform(Preprocessing.for_channels(3, 8), "crop-flip")
+        batches = list(Loader(images, transform, 2, seed=0, workers=workers).epoch(1))
+        server.shutdown()
+        thread.join()
+    local = Loader(open_images(str(packed), "train"), transform, len(images), seed=0, workers=0)
+    seen = torch.cat([batch.images.flatten(1) for batch in batches])
+    expected = next(local.epoch(1)).images.flatten(1)
+    assert sorted(seen.tolist()) == sorted(expected.tolist())
+
+
+def test_an_interrupted_pass_fetches_no_further(packed, cache):
+    asked, may_go_on = [], threading.Event()
+
+    def fetch(group):
+        asked.append(group)
+        may_go_on.wait(60)
+
+    with fetched_ahead(fetch, range(1000)):
+        while len(asked) < WINDOW:
+            time.sleep(0.001)
+    may_go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "fetch ahead":
+            thread.join(60)
+    assert sorted(asked) == list(range(WINDOW))
 
 
 def test_the_cache_can_be_given(packed, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from repvgg.training.config import Implementation, TrainConfig
 from repvgg.training.distributed import World
 from repvgg.training.evaluation import evaluate, evaluation_loader, with_classes_of
 from repvgg.training.loop import Run, train
-from repvgg.training.optimizer import build_optimizer, learning_rate
+from repvgg.training.optimizer import build_optimizers, schedule, set_rates
 from repvgg.training.recipes import RECIPES, digits
 from repvgg.training.setup import choose_device, open_both_splits
 
@@ -49,33 +49,41 @@ def test_a_config_names_the_field_that_is_wrong(field):
 
 
 def test_the_rate_falls_along_half_a_cosine():
-    rates = [learning_rate(TrainConfig(), epochs) for epochs in (0, 40, 60, 80, 120)]
-    np.testing.assert_allclose(rates, [0.1, 0.075, 0.05, 0.025, 0], atol=1e-15)
+    shares = [schedule(TrainConfig(), epochs) for epochs in (0, 40, 60, 80, 120)]
+    np.testing.assert_allclose(shares, [1, 0.75, 0.5, 0.25, 0], atol=1e-15)
 
 
 def test_the_rate_rises_over_the_warm_up_and_scales_with_the_batch():
     config = TrainConfig(epochs=25, warmup_epochs=5, batch_size=1024)
-    rates = [learning_rate(config, epochs) for epochs in (0, 2.5, 5, 15, 25)]
-    np.testing.assert_allclose(rates, [0, 0.2, 0.4, 0.2, 0], atol=1e-15)
+    (optimizer,) = build_optimizers(nn.Linear(2, 2), config)
+    rates = []
+    for epochs in (0, 2.5, 5, 15, 25):
+        set_rates([optimizer], schedule(config, epochs))
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    np.testing.assert_allclose(
+        rates, [[0, 0], [0.2, 0.2], [0.4, 0.4], [0.2, 0.2], [0, 0]], atol=1e-15
+    )
 
 
 def test_a_linear_schedule_falls_to_0_in_proportion():
     config = TrainConfig(epochs=25, warmup_epochs=5, schedule="linear")
-    rates = [learning_rate(config, epochs) for epochs in (2.5, 5, 10, 15, 25)]
-    np.testing.assert_allclose(rates, [0.05, 0.1, 0.075, 0.05, 0], atol=1e-15)
+    shares = [schedule(config, epochs) for epochs in (2.5, 5, 10, 15, 25)]
+    np.testing.assert_allclose(shares, [0.5, 1, 0.75, 0.5, 0], atol=1e-15)
 
 
 def test_nesterovs_momentum_is_on_if_asked_for_and_needs_a_momentum():
     model = repvgg.create_model("repvgg_digits", num_classes=10)
-    assert build_optimizer(model, TrainConfig(nesterov=True)).defaults["nesterov"]
-    assert not build_optimizer(model, TrainConfig()).defaults["nesterov"]
+    for wanted in (True, False):
+        (optimizer,) = build_optimizers(model, TrainConfig(nesterov=wanted))
+        assert optimizer.defaults["nesterov"] is wanted
     with pytest.raises(InputError, match="nesterov: a momentum above 0 needed"):
         TrainConfig(nesterov=True, momentum=0)
 
 
 def test_weight_decay_is_on_the_kernels_of_conv_and_linear_layers_only():
     model = repvgg.create_model("repvgg_digits", num_classes=10)
-    decayed, others = build_optimizer(model, TrainConfig(weight_decay=0.01)).param_groups
+    (optimizer,) = build_optimizers(model, TrainConfig(weight_decay=0.01))
+    decayed, others = optimizer.param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0)
     assert {p.dim() for p in decayed["params"]} == {2, 4}
     assert {p.dim() for p in others["params"]} == {1}
@@ -88,7 +96,7 @@ def test_one_step_is_that_of_sgd_by_hand():
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     images = torch.randn(16, 1, 8, 8)
     labels = torch.arange(16) % 10
-    optimizer = build_optimizer(network, TrainConfig(learning_rate=0.5, weight_decay=0.01))
+    (optimizer,) = build_optimizers(network, TrainConfig(learning_rate=0.5, weight_decay=0.01))
     F.cross_entropy(network(images), labels).backward()
     gradients = {name: cast(torch.Tensor, p.grad) for name, p in network.named_parameters()}
     optimizer.step()

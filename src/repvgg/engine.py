@@ -17,7 +17,6 @@ from repvgg.errors import InputError
 from repvgg.files import existing_file, written_aside
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 Tune = Literal["fast", "full"]
@@ -56,8 +55,8 @@ class Plan(list[LayerPlan]):
     """The layers of a network in order; printed as a table."""
 
     def __str__(self) -> str:
-        head = f"{'layer':<22} {'algorithm':<10} {'C×H×W':<14} {'ms':>8} {'GFLOPS':>8} {'limit':>6} {'MB':>7}"
-        lines = [head]
+        left, right = ("layer", "algorithm", "C×H×W"), ("ms", "GFLOPS", "limit", "MB")
+        lines = ["{:<22} {:<10} {:<14} {:>8} {:>8} {:>6} {:>7}".format(*left, *right)]
         for row in self:
             c, h, w = row.shape
             lines.append(
@@ -91,11 +90,6 @@ class Engine:
     measuring the few that look best. Plans are kept on disk by processor and version, so that a
     later process has them at once. Several threads may call an engine; they take turns. Several
     engines run side by side.
-
-    Attributes:
-        isa: instruction set in use: `avx512`, `avx2`, `neon` or `portable`.
-        threads: that the engine works with, the calling one included.
-        class_names: of the logits; empty if unknown.
     """
 
     def __init__(self, native: Any, tune: Tune | None):
@@ -106,14 +100,17 @@ class Engine:
 
     @property
     def isa(self) -> str:
+        """Instruction set in use: `avx512`, `avx2`, `neon` or `portable`."""
         return self._native.isa
 
     @property
     def threads(self) -> int:
+        """Threads that work, the calling one included."""
         return self._native.threads
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Of the logits; empty if unknown."""
         return tuple(self._native.class_names)
 
     @overload
@@ -361,4 +358,3 @@ def _processor_name() -> str:
     # The clock changes from moment to moment; the rest says what the processor is.
     same = [line for line in lines if line.startswith(("model", "cpu family", "cache", "flags"))]
     return "\n".join(same) or platform.processor()
-

@@ -224,7 +224,7 @@ AUXILIARY_WEIGHTS = {"repvggplus_l2pse": 0.1}
 # For small images, which the five stride-2 stages of the paper would reduce to nothing.
 SMALL_IMAGE_VARIANTS: dict[str, Spec] = {
     "repvgg_digits": Spec((1, 2, 4, 1), strides=(1, 2, 2, 1), widths=(16, 32, 64, 128)),
-    "repvgg_cifar": Spec((1, 3, 3, 2), strides=(1, 2, 2, 2), widths=(32, 80, 192, 256)),
+    "repvgg_cifar": Spec((1, 2, 2, 2), strides=(2, 1, 2, 2), widths=(48, 96, 224, 288)),
 }
 
 # Side in pixels of the square images that a named network is meant for, if it is not 224.

@@ -30,6 +30,7 @@ class Images:
         decode: index → 8-bit image of mode L or RGB; it travels to worker processes.
         groups: ranges of indices, of images that must be fetched together before one of them is
             decoded; empty where all are at hand. See `epoch_order`.
+        fetch: brings the group of this number here; None where all are at hand.
     """
 
     names: Sequence[str]
@@ -38,6 +39,7 @@ class Images:
     channels: int
     decode: Callable[[int], Image.Image]
     groups: tuple[range, ...] = ()
+    fetch: Callable[[int], object] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -6,7 +6,8 @@ after a stop sees what it would have seen.
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from repvgg.data.ahead import fetched_ahead
 from repvgg.data.images import Images
-from repvgg.data.order import epoch_order
+from repvgg.data.order import epoch_order, groups_in_order
 from repvgg.data.transforms import Transform
 from repvgg.errors import InputError
 
@@ -72,14 +74,19 @@ class Samples(Dataset[Any]):
         alternate_flip: bool = False,
     ):
         self.images, self.transform, self.seed, self.mixup = images, transform, seed, mixup
-        self.alternate_flip = alternate_flip
+        sides = np.random.default_rng([seed, 2]).integers(2, size=len(images), dtype=np.uint8)
+        self.sides = sides if alternate_flip else None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
-        """The image (C, H, W), its label and share of a mixture, or why it cannot be decoded."""
-        epoch, index = key
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | InputError]:
+        """Of each key, the image (C, H, W), its label and share of a mixture, or what is broken."""
+        # torchvision's transforms draw from torch's global generator.
+        with torch.random.fork_rng(devices=[]):
+            return [self._sample(*key) for key in keys]
+
+    def _sample(self, epoch: int, index: int) -> Sample | InputError:
         try:
             image = self.images.decode(index)
         except InputError as error:
@@ -87,11 +94,9 @@ class Samples(Dataset[Any]):
         share = 1.0
         if self.mixup:
             share = np.random.default_rng([self.seed, epoch, index]).beta(self.mixup, self.mixup)
-        # torchvision's transforms draw from torch's global generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
-            image = self.transform(image)
-        if self.alternate_flip and (derived_seed(self.seed, index) + epoch) % 2:
+        torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
+        image = self.transform(image)
+        if self.sides is not None and (self.sides[index] + epoch) % 2:
             image = image.flip(-1)
         return image, self.images.labels[index], share
 
@@ -127,12 +132,18 @@ class BatchSampler:
             for start in range(0, len(own), self.batch_size):
                 yield [(self.epoch, index) for index in own[start : start + self.batch_size]]
             return
-        order = epoch_order(self.images, self.seed, self.epoch)
-        for number in range(self.skip, len(self)):
-            start = number * self.batch_size
+        order = self.order()
+        for start in range(0, len(order), self.batch_size):
             share = min(self.batch_size, len(order) - start) // self.size
             start += self.rank * share
             yield [(self.epoch, index) for index in order[start : start + share]]
+
+    def order(self) -> Sequence[int]:
+        """The images that are still to be seen in this pass, by all processes together."""
+        if self.seed is None:
+            return range(len(self.images))
+        order = epoch_order(self.images, self.seed, self.epoch)
+        return order[self.skip * self.batch_size : len(self) * self.batch_size]
 
 
 class Loader:
@@ -195,7 +206,15 @@ class Loader:
             skip: batches to leave out at its begin.
         """
         self.sampler.epoch, self.sampler.skip = epoch, skip
-        return iter(self._loader)
+        batches = iter(self._loader)  # starts the workers: a process with threads should not fork
+        with self._fetched_ahead():
+            yield from batches
+
+    def _fetched_ahead(self) -> AbstractContextManager[None]:
+        images = self.sampler.images
+        if images.fetch is None or int(os.environ.get("LOCAL_RANK", 0)) != 0:
+            return nullcontext()  # the first process of a machine does it for all
+        return fetched_ahead(images.fetch, groups_in_order(images, self.sampler.order()))
 
 
 def default_workers(images: int, *, beside_network: bool) -> int:

@@ -1,5 +1,7 @@
 """The order in which the images of a pass are seen: a pure function of (source, seed, epoch)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from repvgg.data.images import Images
@@ -33,3 +35,10 @@ def epoch_order(images: Images, seed: int, epoch: int) -> list[int]:
             np.concatenate([images.groups[group] for group in window])
         ).tolist()
     ]
+
+
+def groups_in_order(images: Images, order: Sequence[int]) -> list[int]:
+    """Numbers of the groups that hold the images of an order, those first that are needed first."""
+    starts = [group.start for group in images.groups]
+    needed, places = np.unique(np.searchsorted(starts, order, side="right") - 1, return_index=True)
+    return needed[np.argsort(places)].tolist()

@@ -123,13 +123,15 @@ def _images(
     reader = ShardReader(shards, store)
     bounds = np.cumsum([0, *map(len, shards)]).tolist()
     groups = tuple(range(*pair) for pair in itertools.pairwise(bounds))
+    is_remote = isinstance(store, RemoteStore)
     return Images(
         names=_Names(reader),
         labels=np.concatenate([shard.labels for shard in shards]).tolist(),
         class_names=class_names,
         channels=3,
         decode=reader.decode,
-        groups=groups if isinstance(store, RemoteStore) else (),
+        groups=groups if is_remote else (),
+        fetch=reader.fetch if is_remote else None,
     )
 
 
@@ -194,6 +196,14 @@ class ShardReader:
         if len(block) < BLOCK + size:
             raise ShardError(f"{shard.name}: was cut off before byte {offset + size:,}")
         return f"{shard.name}: {shown(header.name)}", block[BLOCK:]
+
+    def fetch(self, number: int) -> Path:
+        """Where the shard of this number is, once it is here.
+
+        Raises:
+            ShardError: it cannot be had or is not what the index says.
+        """
+        return self.store.path(self.shards[number])
 
     def _file(self, number: int) -> BinaryIO:
         """The open file of a shard; those that were not used for longest are closed."""

@@ -5,7 +5,9 @@ quarter of the memory between processes, and no float arithmetic in the workers.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,13 +21,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
     """Resize the shorter side, crop the centre: image → (C, size, size), uint8."""
-    return v2.Compose(
-        [
-            v2.Resize(preprocessing.resize_size, InterpolationMode(preprocessing.interpolation)),
-            v2.CenterCrop(preprocessing.size),
-            v2.PILToTensor(),
-        ]
-    )
+    return v2.Compose([_fitting(preprocessing, preprocessing.resize_size), v2.PILToTensor()])
 
 
 def training_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Transform:
@@ -44,25 +40,68 @@ def training_transform(preprocessing: Preprocessing, augmentation: Augmentation)
     size, interpolation = preprocessing.size, InterpolationMode(preprocessing.interpolation)
     if augmentation == "none":
         return evaluation_transform(preprocessing)
-    alternate = augmentation == "shift-alternate-flip"
-    if augmentation.endswith("crop-flip"):
-        steps: list[v2.Transform] = [v2.RandomResizedCrop(size, interpolation=interpolation)]
-    else:
-        steps = [
-            v2.Resize(size, interpolation),
-            v2.CenterCrop(size),
-            v2.RandomCrop(
-                size,
-                # At most what there is to reflect.
-                padding=min(max(1, size // 8), size - 1) if alternate else max(1, size // 8),
-                padding_mode="reflect" if alternate else "constant",
-            ),
-        ]
-    if augmentation.endswith("flip") and not alternate:
-        steps.append(v2.RandomHorizontalFlip())
+    if augmentation.startswith("shift"):
+        shift = Shift(
+            size,
+            reflect=augmentation == "shift-alternate-flip",
+            flip=augmentation == "shift-flip",
+        )
+        return v2.Compose([_fitting(preprocessing, size), shift])
+    steps: list[v2.Transform] = [v2.RandomResizedCrop(size, interpolation=interpolation)]
+    steps.append(v2.RandomHorizontalFlip())
     if augmentation.startswith("autoaugment"):
         steps.append(v2.AutoAugment(interpolation=interpolation))
     return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def _fitting(preprocessing: Preprocessing, resize_size: int) -> Callable[[Image.Image], Any]:
+    size = preprocessing.size
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    change = v2.Compose([v2.Resize(resize_size, interpolation), v2.CenterCrop(size)])
+
+    def fit(image: Image.Image) -> Any:
+        """The image in this size; itself if it has it, which costs nothing then."""
+        return image if image.size == (size, size) == (resize_size,) * 2 else change(image)
+
+    return fit
+
+
+class Shift:
+    """A shift by up to 1/8 of the size: image of that size → (C, size, size), uint8.
+
+    The same as torchvision's `RandomCrop` with padding and `RandomHorizontalFlip`, which take
+    several times as long for small images, and on few cores stand between the steps of a network.
+
+    Args:
+        size: of the square image, pixels.
+        reflect: whether the image's reflection is beyond its border, and not black.
+        flip: whether a random half of the images is flipped from left to right.
+    """
+
+    def __init__(self, size: int, *, reflect: bool, flip: bool):
+        self.size, self.reach, self.flip = size, max(1, size // 8), flip
+        # Where each row and column of the larger image comes from; the last one is black.
+        places, pad = np.arange(size), self.reach
+        self.places = (
+            np.pad(places, pad, mode="reflect")
+            if reflect
+            else np.pad(places, pad, constant_values=size)
+        )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The image, shifted."""
+        pixels = np.asarray(image).reshape(self.size, self.size, -1)
+        padded = np.zeros((self.size + 1, self.size + 1, pixels.shape[2]), np.uint8)
+        padded[:-1, :-1] = pixels
+        down, right, side = torch.randint(0, 1 << 30, (3,)).tolist()
+        rows, columns = (self._seen(offset) for offset in (down, right))
+        if self.flip and side % 2:
+            columns = columns[::-1]
+        return torch.from_numpy(padded.transpose(2, 0, 1)[:, rows[:, None], columns])
+
+    def _seen(self, offset: int) -> np.ndarray:
+        start = offset % (2 * self.reach + 1)
+        return self.places[start : start + self.size]
 
 
 def normalize(

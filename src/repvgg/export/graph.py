@@ -190,8 +190,8 @@ class _Reader:
         return self._add(Operation("concat", node.name, [self._at(m, node.name) for m in maps]))
 
     def _upsample(self, node: fx.Node) -> int:
-        options = dict(zip(("size", "scale_factor", "mode", "align_corners"), node.args[1:]))
-        options.update(node.kwargs)
+        names = ("size", "scale_factor", "mode", "align_corners")
+        options = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
         like = _size_of(options.get("size"))
         if options.get("mode") != "bilinear" or like not in self.place:
             raise _unknown(node.name, "an upsampling that is not bilinear to the size of a map")

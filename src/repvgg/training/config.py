@@ -14,6 +14,7 @@ Augmentation = Literal[
     "crop-flip", "autoaugment-crop-flip", "shift-flip", "shift-alternate-flip", "shift", "none"
 ]
 Schedule = Literal["cosine", "linear"]
+OptimizerName = Literal["sgd", "muon"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 Implementation = Literal["auto", "branches", "fused", "recompute_cheap", "recompute_all", "merged"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -27,6 +28,8 @@ class TrainConfig:
         model: name of a network, with changed fields if need be: `repvgg_a0:a=0.5`.
         block: what the network trains with, of blocks.py (Tables 6 and 7); its own if empty.
         pretrained: weights to begin with: a file, or `hub` for timm's published ones.
+        whiten_stem: fix the 3×3 kernel of the first layer to the directions in which patches of the
+            training images vary, each of unit variance.
         data: folder with train/ and val/, each with a folder a class; `cifar10:DIR`; `digits`.
         epochs: passes over the training images.
         batch_size: images a step, over all processes.
@@ -35,7 +38,13 @@ class TrainConfig:
         base_batch_size: the batch_size that learning_rate is for.
         warmup_epochs: over which the rate rises from 0 in proportion to the steps.
         schedule: how the rate falls after the warm-up: along half a cosine, or linearly.
-        momentum: of stochastic gradient descent.
+        optimizer: stochastic gradient descent; or the same but for the kernels of convolutions,
+            which take orthogonalized steps (training/muon.py).
+        muon_rate: highest length of an orthogonalized step relative to the kernel, for any
+            batch_size; it follows the schedule.
+        bias_rate: rate of the shifts of batch norms and of the last layer's bias, relative to
+            that of the others.
+        momentum: of the optimizer.
         nesterov: whether the momentum looks ahead by a step, as Nesterov's does.
         weight_decay: on the kernels of convolutions and linear layers only.
         augmentation: random changes of the training images: a resized part and a flip, the same
@@ -69,6 +78,7 @@ class TrainConfig:
     model: str = "repvgg_a0"
     block: str = ""
     pretrained: str = ""
+    whiten_stem: bool = False
     data: str = ""
     epochs: int = 120
     batch_size: int = 256
@@ -76,6 +86,9 @@ class TrainConfig:
     base_batch_size: int = 256
     warmup_epochs: float = 0.0
     schedule: Schedule = "cosine"
+    optimizer: OptimizerName = "sgd"
+    muon_rate: float = 0.02
+    bias_rate: float = 1.0
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -107,6 +120,7 @@ class TrainConfig:
         for name, kind in (
             ("augmentation", Augmentation),
             ("schedule", Schedule),
+            ("optimizer", OptimizerName),
             ("precision", Precision),
             ("implementation", Implementation),
         ):
@@ -114,6 +128,8 @@ class TrainConfig:
                 raise InputError(
                     f"{name}: one of {get_args(kind)} needed, found {getattr(self, name)!r}"
                 )
+        if self.whiten_stem and self.pretrained:
+            raise InputError("whiten_stem: for a network without pretrained weights only")
         if self.nesterov and not self.momentum:
             raise InputError("nesterov: a momentum above 0 needed, found 0")
         if self.batch_size < 2 * self.accumulate:
@@ -140,6 +156,8 @@ BOUNDS = (
     ("learning_rate", 0, UNBOUNDED),
     ("base_batch_size", 1, UNBOUNDED),
     ("warmup_epochs", 0, UNBOUNDED),
+    ("muon_rate", 0, 1),
+    ("bias_rate", 0, UNBOUNDED),
     ("momentum", 0, 1),
     ("weight_decay", 0, UNBOUNDED),
     ("label_smoothing", 0, 0.99),

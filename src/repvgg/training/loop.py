@@ -30,7 +30,7 @@ from repvgg.training.auxiliary import Supervised
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import World, joined
 from repvgg.training.evaluation import evaluate
-from repvgg.training.optimizer import build_optimizer, learning_rate
+from repvgg.training.optimizer import build_optimizers, schedule, set_rates
 from repvgg.training.run_folder import RunFolder
 
 # One image in so many may be broken before the run stops.
@@ -76,7 +76,7 @@ class Run:
         self.trained = setup.with_heads(network, config)
         self.auxiliary_weight = setup.auxiliary_weight(config)
         setup.on_device(self.trained, config, world)
-        self.optimizer = build_optimizer(self.trained, config)
+        self.optimizers = build_optimizers(self.trained, config)
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             world.device.type, enabled=config.precision == "fp16"
         )
@@ -167,10 +167,10 @@ class Run:
         torch.manual_seed(  # for dropout
             derived_seed(self.config.seed, self.epoch, self.step, self.world.rank)
         )
-        rate = learning_rate(self.config, self.epoch - 1 + self.step / len(self.loader))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        epochs_done = self.epoch - 1 + self.step / len(self.loader)
+        set_rates(self.optimizers, schedule(self.config, epochs_done))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         tensors = (batch.images, batch.labels, batch.mix)
         tensors = [tensor.to(self.world.device, non_blocking=True) for tensor in tensors]
         parts = list(zip(*(t.chunk(self.config.accumulate) for t in tensors), strict=True))
@@ -182,7 +182,8 @@ class Run:
                 self.scaler.scale(loss * share).backward()
             losses.append(loss.detach() * share)
             hits.append(right)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         if self.average is not None:
             self.average.update_parameters(self.network)
@@ -313,7 +314,7 @@ class Run:
             "network": self.network.state_dict(),
             "heads": None,
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "history": self.history,
             "epoch": self.epoch,
@@ -342,7 +343,8 @@ class Run:
             self.trained.heads.load_state_dict(state["heads"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.scaler.load_state_dict(state["scaler"])
         self.history, self.epoch, self.step = state["history"], state["epoch"], state["step"]
         self.broken = state["broken"]

@@ -1,42 +1,80 @@
-"""Stochastic gradient descent and its schedule, as in the paper (Sect. 4.1)."""
+"""Stochastic gradient descent and its schedule, as in the paper (Sect. 4.1), and what we added."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
 
 from repvgg.training.config import TrainConfig
+from repvgg.training.muon import Muon
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum; weight decay on the kernels of conv and linear layers only."""
-    kernels = {
-        id(module.weight) for module in model.modules() if isinstance(module, _ConvNd | nn.Linear)
-    }
-    decayed = [p for p in model.parameters() if id(p) in kernels]
-    others = [p for p in model.parameters() if id(p) not in kernels]
-    return torch.optim.SGD(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=config.scaled_learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+    """SGD with momentum; weight decay on the kernels of conv and linear layers only.
+
+    With `optimizer="muon"` a second one takes the kernels of the convolutions. Parameters that need
+    no gradient are left out. Each group has its highest rate as "initial_lr", see `set_rates`.
+    """
+    modules = list(model.modules())
+    convs = [m for m in modules if isinstance(m, _ConvNd) and m.weight.requires_grad]
+    is_turned = config.optimizer == "muon"
+    decayed = [m.weight for m in modules if isinstance(m, nn.Linear)]
+    decayed += [conv.weight for conv in convs if not is_turned]
+    shifts = [m.bias for m in modules if isinstance(m, _BatchNorm | nn.Linear)]
+    if config.bias_rate == 1:
+        shifts = []
+    elsewhere = {id(p) for p in (*decayed, *shifts, *(conv.weight for conv in convs))}
+    others = [p for p in model.parameters() if id(p) not in elsewhere]
+    rate = config.scaled_learning_rate
+    groups = [
+        _group(decayed, rate, weight_decay=config.weight_decay),
+        _group(others, rate),
+        _group(shifts, rate * config.bias_rate),
+    ]
+    optimizers: list[Optimizer] = [
+        torch.optim.SGD(
+            [group for group in groups if group["params"]],
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+        )
+    ]
+    if is_turned:
+        counts = sorted({conv.groups for conv in convs})
+        groups = [
+            _group((c.weight for c in convs if c.groups == n), config.muon_rate, groups=n)
+            for n in counts
+        ]
+        optimizers.append(Muon(groups, momentum=config.momentum))
+    return optimizers
 
 
-def learning_rate(config: TrainConfig, epochs_done: float) -> float:
-    """The rate of the step that begins after so many epochs, whole ones and parts.
+def _group(parameters: Iterable[Any], rate: float, **options: float) -> dict[str, Any]:
+    learned = [p for p in parameters if p is not None and p.requires_grad]
+    return {"params": learned, "lr": rate, "initial_lr": rate, **options}
+
+
+def set_rates(optimizers: Iterable[Optimizer], share: float) -> None:
+    """Set the rate of every group to this share of its highest."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["initial_lr"]
+
+
+def schedule(config: TrainConfig, epochs_done: float) -> float:
+    """The share of its highest rate that a step has after so many epochs, whole ones and parts.
 
     It rises in proportion over the warm-up, and falls to 0 over the rest, linearly or along half a
     cosine.
     """
     if epochs_done < config.warmup_epochs:
-        return config.scaled_learning_rate * epochs_done / config.warmup_epochs
+        return epochs_done / config.warmup_epochs
     falling = max(config.epochs - config.warmup_epochs, 1e-12)
     progress = min(1.0, (epochs_done - config.warmup_epochs) / falling)
     if config.schedule == "linear":
-        return config.scaled_learning_rate * (1 - progress)
-    return config.scaled_learning_rate * (1 + math.cos(math.pi * progress)) / 2
+        return 1 - progress
+    return (1 + math.cos(math.pi * progress)) / 2

@@ -26,13 +26,20 @@ def cifar10() -> TrainConfig:
     """32×32 images: a small RepVGG, in an hour on two CPU cores."""
     return TrainConfig(
         model="repvgg_cifar",
+        whiten_stem=True,
         epochs=20,
-        batch_size=128,
-        base_batch_size=128,
-        warmup_epochs=2,
+        batch_size=256,
+        base_batch_size=256,
+        optimizer="muon",
+        muon_rate=0.05,
+        learning_rate=0.4,
+        bias_rate=8,
+        warmup_epochs=0.5,
+        schedule="linear",
+        nesterov=True,
+        weight_decay=1e-3,
         label_smoothing=0.1,
-        weight_decay=5e-4,
-        augmentation="shift-flip",
+        augmentation="shift-alternate-flip",
     )
 
 

@@ -25,6 +25,7 @@ from repvgg.training.auxiliary import Supervised
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import World, synchronized
 from repvgg.training.evaluation import evaluation_loader
+from repvgg.training.whitening import whiten_stem
 
 
 def choose_device(name: str) -> torch.device:
@@ -73,7 +74,8 @@ def open_both_splits(data: str) -> tuple[Images, Images]:
 def build_network(config: TrainConfig, images: Images) -> RepVGG:
     """The network of a config for these images, before the first step.
 
-    Its weights depend on the seed alone, or are those of `pretrained`.
+    Its weights depend on the seed alone, and with `whiten_stem` on the images, or are those of
+    `pretrained`.
 
     Raises:
         InputError: an unknown network, or weights that are not its.
@@ -93,6 +95,8 @@ def build_network(config: TrainConfig, images: Images) -> RepVGG:
     if config.pretrained not in ("", "hub"):
         load_weights(network, config.pretrained)
     network.set_class_names(images.class_names)
+    if config.whiten_stem:
+        whiten_stem(network, images)
     return network
 
 
