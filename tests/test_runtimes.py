@@ -138,6 +138,11 @@ def test_a_missing_gpu_is_named():
         torch_device(Protocol(device="cuda"))
 
 
+def test_a_title_says_what_the_runtime_was_told():
+    assert Protocol().title == "torch, fp32, batch 128, channels-last"
+    assert Protocol(runtime="ncnn", threads=1).title == "ncnn, fp32, batch 128, threads: 1"
+
+
 def test_quick_leaves_what_was_chosen():
     assert Protocol().quick() == Protocol(batch=8, warmup=1, rounds=5)
     assert Protocol(batch=32).quick() == Protocol(batch=32, warmup=1, rounds=5)

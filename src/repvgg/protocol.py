@@ -71,8 +71,9 @@ class Protocol:
     @property
     def title(self) -> str:
         """In a few words, for a table's head."""
-        threads = f", {self.threads} threads" if self.threads else ""
-        return f"{self.runtime}, {self.precision}, batch {self.batch}{threads}, {self.layout}"
+        threads = f", threads: {self.threads}" if self.threads else ""
+        layout = f", {self.layout}" if self.runtime in ("torch", "compile") else ""
+        return f"{self.runtime}, {self.precision}, batch {self.batch}{threads}{layout}"
 
     @property
     def slug(self) -> str:
