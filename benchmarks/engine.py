@@ -14,14 +14,14 @@ import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # Before torch is imported: its threads would go on spinning while another runtime is timed.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 import repvgg
 from repvgg.console import say, show_table
@@ -72,8 +72,8 @@ def network_of(name: str) -> nn.Module:
     model = repvgg.create_model(name).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)  # pyright: ignore[reportOptionalMemberAccess]
-            module.running_var.uniform_(0.5, 2)  # pyright: ignore[reportOptionalMemberAccess]
+            nn.init.normal_(cast(Tensor, module.running_mean), 0, 0.2)
+            nn.init.uniform_(cast(Tensor, module.running_var), 0.5, 2)
     return repvgg.reparameterize(model)
 
 
