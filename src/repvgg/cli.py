@@ -220,6 +220,15 @@ class Profile:
     """Side in pixels of the image; what the network is meant for if not given."""
     num_classes: int = 1000
     """Of a name: outputs of the linear layer."""
+    engine: bool = False
+    """What the native engine makes of it: each layer's algorithm, time, share of the processor's
+    limit, and the memory that it needs."""
+    batch: int = 1
+    """Of `--engine`: images at a time."""
+    threads: int | None = None
+    """Of `--engine`: all cores if not given."""
+    tune: Literal["fast", "full"] = "fast"
+    """Of `--engine`: measure the algorithms that look best for a layer, or all."""
 
     def run(self) -> None:
         from repvgg.costs import cost
@@ -230,6 +239,8 @@ class Profile:
         else:
             network = create_model(self.model, num_classes=self.num_classes, block=self.block)
         size = self.image_size or network.preprocessing.size
+        if self.engine:
+            return self._profile_engine(network, size)
         total = cost(network, size)
         rows = [
             (row.name, row.module, "×".join(map(str, row.output_shape)), f"{row.params:,}",
@@ -242,37 +253,79 @@ class Profile:
         )  # fmt: skip
         columns = ("layer", "what", "output", "parameters", "multiply-adds (M)", "Winograd (M)")
         show_table(self.model, columns, rows)
+        return None
+
+    def _profile_engine(self, network: "RepVGG", size: int) -> None:
+        from repvgg.engine import compile
+        from repvgg.reparam import reparameterize
+
+        _need_positive("batch", self.batch)
+        engine = compile(reparameterize(network), threads=self.threads, tune=self.tune)
+        plan = engine.profile(self.batch, size)
+        rows = [
+            (row.layer, row.algorithm, "×".join(map(str, row.shape)), f"{row.milliseconds:.3f}",
+             f"{row.effective_gflops:.1f}", f"{row.share_of_limit:.0%}",
+             f"{row.weight_megabytes:.2f}")
+            for row in plan
+        ]  # fmt: skip
+        total = sum(row.milliseconds for row in plan)
+        rows.append(("total", "", "", f"{total:.3f}", "", "", ""))
+        columns = ("layer", "algorithm", "output", "ms", "GFLOPS", "of the limit", "weights, MB")
+        title = f"{self.model}, batch {self.batch}, {engine.threads} threads, {engine.isa}"
+        show_table(title, columns, rows)
+        memory = engine.memory
+        say(
+            f"Weights {memory.weights / 1e6:.1f} MB, maps {memory.activations / 1e6:.1f} MB, "
+            f"transformed tiles {memory.scratch / 1e6:.1f} MB."
+        )
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a network as ONNX, folded, and check it with onnxruntime."""
+    """Write a network, folded, as ONNX or for the native engine, and check what was written."""
 
     model: ModelFile
     """File of a network, training-time or plain."""
     output: OutputFile
-    """File to write, ending in .onnx."""
+    """File to write, ending in .onnx, or in .rvgg for the engine."""
     name: str | None = None
     """Name of the network, for a weight file that does not say it (timm's, the authors')."""
 
     def run(self) -> None:
         import torch
 
-        from repvgg.export.onnx import export_onnx, require, run_onnx
         from repvgg.files import written_aside
         from repvgg.verification import compare_outputs
 
-        require("onnx", "onnxscript", "onnxruntime")
-        if self.output.suffix != ".onnx":
-            raise InputError(f"{self.output}: a name that ends in .onnx is needed")
+        writers = {".onnx": self._onnx, ".rvgg": self._engine}
+        if self.output.suffix not in writers:
+            raise InputError(f"{self.output}: a name that ends in .onnx or .rvgg is needed")
+        write = writers[self.output.suffix]
         network = _load(self.model, self.name).float()
         (inputs,) = _inputs(network, None)
         with written_aside(self.output) as aside:
-            export_onnx(network, aside)
+            outputs = write(network, aside, inputs)
             with torch.inference_mode():
-                agreement = compare_outputs(network(inputs), run_onnx(aside, inputs))
+                agreement = compare_outputs(network(inputs), outputs)
             agreement.require(1e-4)
-        say(f"{self.output}: equal in onnxruntime, {agreement}")
+        where = "onnxruntime" if self.output.suffix == ".onnx" else "the engine"
+        say(f"{self.output}: equal in {where}, {agreement}")
+
+    @staticmethod
+    def _onnx(network: "RepVGG", path: Path, inputs: Any) -> Any:
+        from repvgg.export.onnx import export_onnx, require, run_onnx
+
+        require("onnx", "onnxscript", "onnxruntime")
+        export_onnx(network, path)
+        return run_onnx(path, inputs)
+
+    @staticmethod
+    def _engine(network: "RepVGG", path: Path, inputs: Any) -> Any:
+        from repvgg.engine import Engine, compile
+        from repvgg.reparam import reparameterize
+
+        compile(reparameterize(network), tune=None).save(path)
+        return Engine.load(path, tune=None)(inputs)
 
 
 COMMANDS: dict[str, type] = {
