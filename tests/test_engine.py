@@ -85,7 +85,7 @@ def convolutions(draw):
         "columns": draw(tile.filter(bool)) if rows else 0,
         "vectors": draw(st.integers(1, 3)),
         "block": draw(st.sampled_from([1, 5, 12, 48])),
-        "shared": draw(st.booleans()),
+        "order": draw(st.integers(0, 2)),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -103,7 +103,7 @@ def run_one(case, isa):
     first = builder.conv("conv", 0, weight, bias, *rest)
     assert first == 1
     algorithm = " ".join(
-        str(int(case[key])) for key in ("rows", "columns", "vectors", "block", "shared")
+        str(int(case[key])) for key in ("rows", "columns", "vectors", "block", "order")
     )
     engine = native.Engine(builder, case["threads"], False, "none", isa, algorithm)
     found = engine(x).reshape(-1)

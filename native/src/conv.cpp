@@ -127,14 +127,34 @@ class Winograd {
     const int depth = conv_.in_channels / conv_.groups;
     isa_.points(panel.vectors,
                 {a + slot * a_row_ + std::ptrdiff_t{panel.group} * depth, a_point, a_row_, count,
-                 depth, packed_.weights(panel), weight_, points_, products});
-    const int columns = stored_columns(isa_, conv_, panel, output_);
+                 depth, packed_.weights(panel), panel.next, weight_, points_, products});
+    const int width = panel.vectors * isa_.lanes;
     for (std::int64_t tile = first; tile < end; ++tile) {
-      const Place place = locate(tile);
-      float* dst = output_.data + place.image * output_.image + place.row->output * output_.row +
-                   place.column->output * output_.pixel + panel.first;
-      const float* src = products + (tile - first) * panel.vectors * isa_.lanes;
-      store(panel, columns, count, place, src, dst, lines);
+      store(panel, tile, products + (tile - first) * width, std::ptrdiff_t{count} * width, lines);
+    }
+  }
+
+  // The products of one point of all tiles, for all panels: C[panel][tile][channel].
+  void multiply_point(int point, const float* a, std::ptrdiff_t a_point, float* products) const {
+    const int count = static_cast<int>(tiles()), depth = conv_.in_channels / conv_.groups;
+    for (const PackedConv::Panel& panel : packed_.panels()) {
+      isa_.points(panel.vectors,
+                  {a + point * a_point + std::ptrdiff_t{panel.group} * depth, a_point, a_row_, count,
+                   depth, packed_.weights(panel), panel.next, weight_ + point, 1,
+                   products + point * c_point() + count * static_cast<std::ptrdiff_t>(panel.bias)});
+    }
+  }
+  int points() const { return points_; }
+  std::ptrdiff_t c_point() const {
+    const PackedConv::Panel& last = packed_.panels().back();
+    return odd_lines(tiles() * (static_cast<std::ptrdiff_t>(last.bias) + last.vectors * isa_.lanes));
+  }
+  // Of a tile whose products lie as `multiply_point` leaves them.
+  void store_tile(std::int64_t tile, const float* products, float* lines) const {
+    for (const PackedConv::Panel& panel : packed_.panels()) {
+      const float* src = products + tiles() * static_cast<std::ptrdiff_t>(panel.bias) +
+                         tile * panel.vectors * isa_.lanes;
+      store(panel, tile, src, c_point(), lines);
     }
   }
 
@@ -150,11 +170,13 @@ class Winograd {
             &columns_.tiles[static_cast<std::size_t>(tile % columns_.size())]};
   }
 
-  // A^T m A, bias and ReLU.
-  void store(const PackedConv::Panel& panel, int columns, int count, const Place& place,
-             const float* src, float* dst, float* lines) const {
-    const int lanes = isa_.lanes;
-    const std::ptrdiff_t point = std::ptrdiff_t{count} * panel.vectors * lanes;
+  // A^T m A, bias and ReLU; the products of a tile's points are `point` apart.
+  void store(const PackedConv::Panel& panel, std::int64_t tile, const float* src,
+             std::ptrdiff_t point, float* lines) const {
+    const Place place = locate(tile);
+    float* dst = output_.data + place.image * output_.image + place.row->output * output_.row +
+                 place.column->output * output_.pixel + panel.first;
+    const int lanes = isa_.lanes, columns = stored_columns(isa_, conv_, panel, output_);
     const int width = axes_.columns->products;
     for (int v = 0; v < panel.vectors; ++v) {
       axes_.rows->output(
@@ -236,6 +258,26 @@ void run_by_panels(const Winograd& job, const PackedConv& packed, int block, int
   });
 }
 
+// Each point is a product of two whole matrices, whose weights pass once.
+void run_by_points(const Winograd& job, Pool& pool, Scratch& scratch) {
+  const std::int64_t tiles = job.tiles();
+  const std::ptrdiff_t a_point = job.a_point(tiles);
+  const std::size_t a_size = whole_lines(job.transformed_size(tiles));
+  scratch.shared.reserve(a_size + static_cast<std::size_t>(job.points() * job.c_point()));
+  reserve(scratch, job.lines_size());
+  float* a = scratch.shared.data();
+  float* products = a + a_size;
+  pool.each(tiles, [&](int thread, std::int64_t tile) {
+    job.transform(tile, a, a_point, tile, of_thread(scratch, thread));
+  });
+  pool.each(job.points(), [&](int, std::int64_t point) {
+    job.multiply_point(static_cast<int>(point), a, a_point, products);
+  });
+  pool.each(tiles, [&](int thread, std::int64_t tile) {
+    job.store_tile(tile, products, of_thread(scratch, thread));
+  });
+}
+
 struct Segments {
   std::int32_t offset[9];
   int count, depth;
@@ -300,7 +342,7 @@ void run_directly(const Isa& isa, const PackedConv& packed, int block, const Map
 
 // The weights of one panel, [weight][input channel][output channel].
 void pack_winograd(const Conv& conv, const Axes& axes, const PackedConv::Panel& panel, int width,
-                   float* dst) {
+                   float* dst) {  // one weight is `panel.next` behind the other
   const int depth = conv.in_channels / conv.groups;
   const int rows = axes.rows->weights, columns = axes.columns->weights;
   for (int k = 0; k < depth; ++k) {
@@ -314,7 +356,7 @@ void pack_winograd(const Conv& conv, const Axes& axes, const PackedConv::Panel& 
         }
         for (int c = 0; c < columns; ++c) {
           const double* t = axes.columns->taps[c];
-          dst[(std::ptrdiff_t{r * columns + c} * depth + k) * width + j] =
+          dst[(r * columns + c) * panel.next + std::ptrdiff_t{k} * width + j] =
               static_cast<float>(line[0] * t[0] + line[1] * t[1] + line[2] * t[2]);
         }
       }
@@ -376,17 +418,23 @@ PackedConv::PackedConv(const Isa& isa, const Conv& conv, const Algorithm& algori
   const int depth = conv.in_channels / conv.groups;
   const Axes axes = algorithm.winograd() ? axes_of(isa, conv, algorithm) : Axes{};
   const int weights = algorithm.winograd() ? axes.rows->weights * axes.columns->weights : conv.taps();
+  const bool by_points = algorithm.winograd() && algorithm.order == Order::points;
   std::size_t size = 0, biases = 0;
   for (int group = 0; group < conv.groups; ++group) {
     for (int first = 0; first < outputs;) {
       const int columns = std::min(outputs - first, algorithm.vectors * isa.lanes);
       const int vectors = divide_up(columns, isa.lanes);
-      panels_.push_back({group, group * outputs + first, columns, vectors, size, biases});
-      size += static_cast<std::size_t>(weights) * static_cast<std::size_t>(depth) *
-              static_cast<std::size_t>(vectors * isa.lanes);
+      const std::size_t one = static_cast<std::size_t>(depth * vectors * isa.lanes);
+      panels_.push_back({group, group * outputs + first, columns, vectors, size, biases,
+                         static_cast<std::ptrdiff_t>(one)});
+      size += by_points ? one : one * static_cast<std::size_t>(weights);
       biases += static_cast<std::size_t>(vectors * isa.lanes);
       first += columns;
     }
+  }
+  if (by_points) {  // all panels of one weight, then those of the next
+    for (Panel& panel : panels_) panel.next = static_cast<std::ptrdiff_t>(size);
+    size *= static_cast<std::size_t>(weights);
   }
   weights_ = Buffer(size);
   bias_ = Buffer(biases);
@@ -417,8 +465,9 @@ void run(const Isa& isa, const PackedConv& packed, const Algorithm& algorithm, c
     return run_directly(isa, packed, algorithm.block, input, output, pool);
   }
   const Winograd job(isa, packed, algorithm, input, output);
-  (algorithm.shared ? run_by_panels : run_by_blocks)(job, packed, algorithm.block,
-                                                     algorithm.vectors, pool, scratch);
+  if (algorithm.order == Order::points) return run_by_points(job, pool, scratch);
+  (algorithm.order == Order::panels ? run_by_panels : run_by_blocks)(
+      job, packed, algorithm.block, algorithm.vectors, pool, scratch);
 }
 
 }  // namespace rvgg

@@ -42,17 +42,25 @@ struct Conv {
   int out_size(int size) const { return divide_up(size, stride); }
 };
 
+// Who does what of a Winograd convolution.
+enum class Order {
+  blocks,  // each thread takes a block of tiles and does all with it, in its own cache
+  panels,  // all transform the input; then each takes output channels, so that weights pass once
+  points,  // all transform the input; each takes points of the tiles; all transform the output
+};
+
 // How a convolution is computed. With `rows` 0 directly, else by Winograd tiles of that many
 // output rows and columns.
 struct Algorithm {
   int rows = 0, columns = 0;
-  int vectors = 2;      // width of the register tile
-  int block = 12;       // tiles (directly: pixels) that are taken together
-  bool shared = false;  // all threads transform the input first, then share out the channels
+  int vectors = 2;  // width of the register tile
+  int block = 12;   // tiles (directly: pixels) that are taken together
+  Order order = Order::blocks;
 
   bool winograd() const { return rows != 0; }
   bool same_weights(const Algorithm& other) const {
-    return rows == other.rows && columns == other.columns && vectors == other.vectors;
+    return rows == other.rows && columns == other.columns && vectors == other.vectors &&
+           (order == Order::points) == (other.order == Order::points);
   }
   std::string name() const;
   bool operator==(const Algorithm&) const = default;
@@ -75,6 +83,7 @@ class PackedConv {
   struct Panel {
     int group, first, columns, vectors;
     std::size_t weights, bias;  // offsets
+    std::ptrdiff_t next;        // from one weight of the tile to the next
   };
   const std::vector<Panel>& panels() const { return panels_; }
   const float* weights(const Panel& panel) const { return weights_.data() + panel.weights; }

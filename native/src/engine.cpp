@@ -146,7 +146,8 @@ Engine::Engine(Network network, const Options& options)
 std::shared_ptr<PackedConv> Engine::pack(int node, const Algorithm& algorithm) {
   const Conv& conv = network_.nodes[static_cast<std::size_t>(node)].conv;
   std::weak_ptr<PackedConv>& slot =
-      packed_[{node, algorithm.name() + " " + std::to_string(algorithm.vectors)}];
+      packed_[{node, algorithm.name() + (algorithm.order == Order::points ? " points " : " ") +
+                         std::to_string(algorithm.vectors)}];
   std::shared_ptr<PackedConv> packed = slot.lock();
   if (!packed) slot = packed = std::make_shared<PackedConv>(isa_, conv, algorithm, pool_);
   return packed;
@@ -235,6 +236,7 @@ void Engine::run_node(Ready& ready, int index, int first, int count) {
 }
 
 void Engine::execute(Ready& ready, const Images& images, float* result, double* seconds) {
+  const Pool::Awake awake(pool_);
   const Plan& plan = ready.plan;
   for (const Segment& segment : plan.segments) {
     for (int first = 0; first < plan.images; first += segment.images) {

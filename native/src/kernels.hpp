@@ -29,7 +29,8 @@ struct PointProducts {
   const float* a;  // A[p][r][k] = a[p * a_point + r * a_row + k]
   std::ptrdiff_t a_point, a_row;
   int rows, depth;
-  const float* b;                 // [weights][depth][vectors * lanes]
+  const float* b;                 // B[w][k][j] = b[w * b_weight + k * vectors * lanes + j]
+  std::ptrdiff_t b_weight;
   const std::uint8_t* weight;     // which of them each point takes
   int points;
   float* c;                       // C[p][r][j], dense

@@ -149,7 +149,7 @@ void run_points(int vectors, const PointProducts& task) {
   const int blocks = (task.rows + kRows[vectors] - 1) / kRows[vectors];
   const int width = vectors * W;
   for (int p = 0; p < task.points; ++p) {
-    const float* b = task.b + static_cast<std::ptrdiff_t>(task.weight[p]) * task.depth * width;
+    const float* b = task.b + task.weight[p] * task.b_weight;
     float* c = task.c + static_cast<std::ptrdiff_t>(p) * task.rows * width;
     const float* a = task.a + p * task.a_point;
     int first = 0;

@@ -24,6 +24,18 @@ class Pool {
     run([](const void* w, int thread) { (*static_cast<const Work*>(w))(thread); }, &work);
   }
 
+  // While this lives the threads stay awake between one `run` and the next.
+  class Awake {
+   public:
+    explicit Awake(Pool& pool) : pool_(pool) { pool_.awake_.fetch_add(1); }
+    ~Awake() { pool_.awake_.fetch_sub(1); }
+    Awake(const Awake&) = delete;
+    Awake& operator=(const Awake&) = delete;
+
+   private:
+    Pool& pool_;
+  };
+
   // work(thread, item) for every item from 0 to count - 1, each taken by whoever is free.
   template <class Work>
   void each(std::int64_t count, const Work& work) {
@@ -49,6 +61,7 @@ class Pool {
   Call call_ = nullptr;
   const void* work_ = nullptr;
   std::atomic<bool> stop_{false};
+  std::atomic<int> awake_{0};
 };
 
 }  // namespace rvgg

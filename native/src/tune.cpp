@@ -31,18 +31,18 @@ std::string key(const Isa& isa, int threads, const Conv& conv, int images, int h
 std::string to_text(const Algorithm& a) {
   char text[64];
   std::snprintf(text, sizeof text, "%d %d %d %d %d", a.rows, a.columns, a.vectors, a.block,
-                static_cast<int>(a.shared));
+                static_cast<int>(a.order));
   return text;
 }
 
 bool from_text(const std::string& text, Algorithm& a) {
-  int shared = 0;
+  int order = 0;
   if (std::sscanf(text.c_str(), "%d %d %d %d %d", &a.rows, &a.columns, &a.vectors, &a.block,
-                  &shared) != 5) {
+                  &order) != 5) {
     return false;
   }
-  a.shared = shared;
-  return a.rows >= 0 && a.rows <= 16 && a.columns >= 0 && a.columns <= 16 && a.block >= 1 &&
+  a.order = static_cast<Order>(order);
+  return order >= 0 && order <= 2 && a.rows >= 0 && a.rows <= 16 && a.columns >= 0 && a.columns <= 16 && a.block >= 1 &&
          a.block <= 1024 && a.vectors >= 1 && a.vectors <= 3;
 }
 
@@ -64,7 +64,7 @@ void Tuner::calibrate() {
   for (int i = 0; i < 20; ++i) {
     const auto start = Clock::now();
     for (int j = 0; j < 10; ++j) {
-      isa_.points(2, {a.data(), 0, depth, rows, depth, b.data(), &weight, 1, c.data()});
+      isa_.points(2, {a.data(), 0, depth, rows, depth, b.data(), 0, &weight, 1, c.data()});
     }
     best = std::min(best, seconds_since(start) / 10);
   }
@@ -111,14 +111,14 @@ double Tuner::model(const Conv& conv, const Algorithm& a, int images, int height
     const double full = isa_.max_rows[a.vectors];
     compute += 2 * work / flops_ * 0.25 * std::max(0.0, 1 - rows / (2 * full));
     // The transformed block should stay in the second cache.
-    const double block = a.shared ? 0 : rows * in * r.products * c.products * 4;
+    const double block = a.order != Order::blocks ? 0 : rows * in * r.products * c.products * 4;
     if (block > 600e3) compute *= 1.1;
   } else if (conv.kernel == 3 && a.block < 48) {
     compute *= 1.05;
   }
   const double traffic = (weights + 4.0 * images * (in * height * width)) / bandwidth_;
   return std::max(compute / threads, traffic) + 0.3 * std::min(compute / threads, traffic) +
-         (a.shared ? 3e-6 : 0);
+         3e-6 * static_cast<int>(a.order);
 }
 
 std::vector<Algorithm> Tuner::candidates(const Conv& conv, int images, int height,
@@ -126,28 +126,28 @@ std::vector<Algorithm> Tuner::candidates(const Conv& conv, int images, int heigh
   std::vector<Algorithm> all;
   for (int vectors = 1; vectors <= isa_.max_vectors; ++vectors) {
     if (vectors > 1 && (vectors - 1) * isa_.lanes >= conv.out_channels / conv.groups) continue;
-    for (int block : {24, 48, 96}) all.push_back({0, 0, vectors, block, false});
+    for (int block : {24, 48, 96}) all.push_back({0, 0, vectors, block, Order::blocks});
     if (vectors == 1 && conv.out_channels / conv.groups > isa_.lanes) continue;
     for (int rows = 2; rows <= 7; ++rows) {
       for (int columns = 2; columns <= 7; ++columns) {
         // Very unequal tiles, and those much larger than the map, never pay.
         if (std::max(rows, columns) > 2 * std::min(rows, columns) + 1) continue;
         if (rows > conv.out_size(height) + 1 || columns > conv.out_size(width) + 1) continue;
+        const Axis* r = isa_.axis(rows, conv.stride);
+        const Axis* c = isa_.axis(columns, conv.stride);
+        if (!r || !c || !applicable(isa_, conv, {rows, columns, vectors})) continue;
+        const Algorithm tile{rows, columns, vectors};
+        const double tiles = tiles_of(conv, tile, images, height, width);
+        const double points = r->products * c->products;
+        const double pairs = static_cast<double>(conv.in_channels) / conv.groups * conv.out_channels;
+        if (4.0 * pairs * r->weights * c->weights > kMaxWeights) continue;
         for (int block : {6, 12, 24, 48}) {
-          for (bool shared : {false, true}) {
-            const Algorithm a{rows, columns, vectors, block, shared};
-            if (!applicable(isa_, conv, a)) continue;
-            const Axis& r = *isa_.axis(rows, conv.stride);
-            const Axis& c = *isa_.axis(columns, conv.stride);
-            const double tiles = tiles_of(conv, a, images, height, width);
-            const double points = r.products * c.products;
-            if (shared && tiles * points * conv.in_channels > static_cast<double>(kMaxShared)) continue;
-            if (block > 6 && block > tiles) continue;
-            if (4.0 * conv.in_channels / conv.groups * conv.out_channels * r.weights * c.weights >
-                kMaxWeights) {
-              continue;
-            }
-            all.push_back(a);
+          for (Order order : {Order::blocks, Order::panels, Order::points}) {
+            if (order == Order::points && block != 12) continue;  // it has none
+            if (block > 6 && block > tiles && order != Order::points) continue;
+            const double shared = tiles * points * (conv.in_channels + conv.out_channels);
+            if (order != Order::blocks && shared > static_cast<double>(kMaxShared)) continue;
+            all.push_back({rows, columns, vectors, block, order});
           }
         }
       }
@@ -178,6 +178,7 @@ double Tuner::measure(const Conv& conv, const Algorithm& algorithm, int images, 
   const Map output = make(conv.out_channels, conv.out_size(height), conv.out_size(width), {}, out);
   const PackedConv packed(isa_, conv, algorithm, pool_);
   Scratch scratch;
+  const Pool::Awake awake(pool_);
   double best = 1e9;
   const auto begin = Clock::now();
   for (int i = 0; i < 9 && (i < 3 || seconds_since(begin) < 0.06); ++i) {
@@ -195,7 +196,7 @@ double Tuner::measure(const Conv& conv, const Algorithm& algorithm, int images, 
 Algorithm Tuner::choose(const Conv& conv, int images, int height, int width) {
   if (forced_) {
     if (applicable(isa_, conv, *forced_)) return *forced_;
-    return {0, 0, std::min(forced_->vectors, isa_.max_vectors), forced_->block, false};
+    return {0, 0, std::min(forced_->vectors, isa_.max_vectors), forced_->block};
   }
   if (tuning_ != Tuning::none) calibrate();
   const std::string name = key(isa_, pool_.threads(), conv, images, height, width);
