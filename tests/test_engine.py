@@ -20,9 +20,9 @@ from repvgg.preprocessing import Preprocessing
 
 native = pytest.importorskip("repvgg._native", reason="no C++ compiler built the native part")
 
-# Of the largest output. Larger tiles amplify the rounding of fp32; the worst of F(7) that was ever
-# found is 1.2e-5.
-TOLERANCE = {0: 2e-6, 2: 2e-6, 3: 2e-6, 4: 2e-6, 5: 1e-5, 6: 1e-5, 7: 2e-5}
+# Of the largest output, in the worst case that a search finds; F(4) is usually at 6e-7, F(7) at 6e-6.
+# Larger tiles amplify the rounding of fp32.
+TOLERANCE = {0: 2e-6, 2: 2e-6, 3: 4e-6, 4: 4e-6, 5: 1e-5, 6: 1e-5, 7: 2e-5}
 
 
 @pytest.fixture(autouse=True)
