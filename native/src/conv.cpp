@@ -1,6 +1,11 @@
 #include "conv.hpp"
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "half.hpp"
 
 namespace rvgg {
 
@@ -125,7 +130,7 @@ class Winograd {
                 float* lines) const {
     const int count = static_cast<int>(end - first);
     const int depth = conv_.in_channels / conv_.groups;
-    isa_.points(panel.vectors,
+    isa_.points[conv_.half](panel.vectors,
                 {a + slot * a_row_ + std::ptrdiff_t{panel.group} * depth, a_point, a_row_, count,
                  depth, packed_.weights(panel), panel.next, weight_, points_, products});
     const int width = panel.vectors * isa_.lanes;
@@ -138,7 +143,7 @@ class Winograd {
   void multiply_point(int point, const float* a, std::ptrdiff_t a_point, float* products) const {
     const int count = static_cast<int>(tiles()), depth = conv_.in_channels / conv_.groups;
     for (const PackedConv::Panel& panel : packed_.panels()) {
-      isa_.points(panel.vectors,
+      isa_.points[conv_.half](panel.vectors,
                   {a + point * a_point + std::ptrdiff_t{panel.group} * depth, a_point, a_row_, count,
                    depth, packed_.weights(panel), panel.next, weight_ + point, 1,
                    products + point * c_point() + count * static_cast<std::ptrdiff_t>(panel.bias)});
@@ -330,7 +335,7 @@ void run_directly(const Isa& isa, const PackedConv& packed, int block, const Map
       const int tiles = divide_up(count, isa.max_rows[panel.vectors]);
       for (int t = 0; t < tiles; ++t) {
         const int begin = t * count / tiles, end = (t + 1) * count / tiles;
-        isa.product(end - begin, panel.vectors,
+        isa.product[conv.half](end - begin, panel.vectors,
                     {origin + image * input.image + panel.group * (conv.in_channels / conv.groups),
                      rows + begin, segments.offset, segments.count, segments.depth,
                      packed.weights(panel), output.data + image * output.image + panel.first,
@@ -340,9 +345,33 @@ void run_directly(const Isa& isa, const PackedConv& packed, int block, const Map
   });
 }
 
+// Takes packed weights, numbered as in their buffer.
+class Sink {
+ public:
+  Sink(Buffer& buffer, bool half, std::size_t first)
+      : data_(reinterpret_cast<char*>(buffer.data())), half_(half), first_(first) {}
+  void put(std::ptrdiff_t at, double value) {
+    const auto number = static_cast<float>(value);
+    const std::size_t place = first_ + static_cast<std::size_t>(at);
+    if (half_) {
+      const std::uint16_t half = to_half(number);
+      std::memcpy(data_ + 2 * place, &half, 2);
+      fits_ &= std::abs(number) <= kLargestHalf;
+    } else {
+      std::memcpy(data_ + 4 * place, &number, 4);
+    }
+  }
+  bool fits() const { return fits_; }
+
+ private:
+  char* data_;
+  bool half_, fits_ = true;
+  std::size_t first_;
+};
+
 // The weights of one panel, [weight][input channel][output channel].
 void pack_winograd(const Conv& conv, const Axes& axes, const PackedConv::Panel& panel, int width,
-                   float* dst) {  // one weight is `panel.next` behind the other
+                   Sink& sink) {  // one weight is `panel.next` behind the other
   const int depth = conv.in_channels / conv.groups;
   const int rows = axes.rows->weights, columns = axes.columns->weights;
   for (int k = 0; k < depth; ++k) {
@@ -356,22 +385,22 @@ void pack_winograd(const Conv& conv, const Axes& axes, const PackedConv::Panel& 
         }
         for (int c = 0; c < columns; ++c) {
           const double* t = axes.columns->taps[c];
-          dst[(r * columns + c) * panel.next + std::ptrdiff_t{k} * width + j] =
-              static_cast<float>(line[0] * t[0] + line[1] * t[1] + line[2] * t[2]);
+          sink.put((r * columns + c) * panel.next + std::ptrdiff_t{k} * width + j,
+                   line[0] * t[0] + line[1] * t[1] + line[2] * t[2]);
         }
       }
     }
   }
 }
 
-void pack_direct(const Conv& conv, const PackedConv::Panel& panel, int width, float* dst) {
+void pack_direct(const Conv& conv, const PackedConv::Panel& panel, int width, Sink& sink) {
   const int depth = conv.in_channels / conv.groups;
   const int taps = conv.taps();
   for (int tap = 0; tap < taps; ++tap) {
     for (int k = 0; k < depth; ++k) {
       for (int j = 0; j < panel.columns; ++j) {
-        dst[(std::ptrdiff_t{tap} * depth + k) * width + j] =
-            conv.weight[(std::ptrdiff_t{panel.first + j} * depth + k) * taps + tap];
+        sink.put((std::ptrdiff_t{tap} * depth + k) * width + j,
+                 conv.weight[(std::ptrdiff_t{panel.first + j} * depth + k) * taps + tap]);
       }
     }
   }
@@ -436,20 +465,27 @@ PackedConv::PackedConv(const Isa& isa, const Conv& conv, const Algorithm& algori
     for (Panel& panel : panels_) panel.next = static_cast<std::ptrdiff_t>(size);
     size *= static_cast<std::size_t>(weights);
   }
-  weights_ = Buffer(size);
+  weights_ = Buffer(conv.half ? (size + 1) / 2 : size);
   bias_ = Buffer(biases);
   for (const Panel& panel : panels_) {
     std::copy_n(conv.bias + panel.first, panel.columns, bias_.data() + panel.bias);
   }
+  std::atomic<bool> fits{true};
   pool.each(static_cast<std::int64_t>(panels_.size()), [&](int, std::int64_t item) {
     const Panel& panel = panels_[static_cast<std::size_t>(item)];
-    float* dst = weights_.data() + panel.weights;
+    Sink sink(weights_, conv.half, panel.weights);
     if (algorithm.winograd()) {
-      pack_winograd(conv, axes, panel, panel.vectors * isa.lanes, dst);
+      pack_winograd(conv, axes, panel, panel.vectors * isa.lanes, sink);
     } else {
-      pack_direct(conv, panel, panel.vectors * isa.lanes, dst);
+      pack_direct(conv, panel, panel.vectors * isa.lanes, sink);
     }
+    if (!sink.fits()) fits = false;
   });
+  if (!fits) {
+    throw Error("weights: a convolution of " + std::to_string(conv.in_channels) + " to " +
+                std::to_string(conv.out_channels) +
+                " channels has one beyond 65504, the range of half precision; fp32 needed");
+  }
 }
 
 std::size_t Scratch::bytes() const {

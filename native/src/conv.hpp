@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,11 @@ namespace rvgg {
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+// A message for the user: what was found, and what is needed.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // Zeros around each image, in pixels.
 struct Border {
@@ -34,6 +40,7 @@ struct Conv {
   int in_channels = 0, out_channels = 0, groups = 1, stride = 1, dilation = 1;
   int kernel = 3;  // or 1
   bool relu = true;
+  bool half = false;  // its weights are packed in half precision
   const float* weight = nullptr;  // [out][in / groups][kernel][kernel]
   const float* bias = nullptr;    // [out]
 
@@ -77,6 +84,7 @@ double multiplications(const Isa& isa, const Conv& conv, const Algorithm& algori
 // The weights as an algorithm wants them.
 class PackedConv {
  public:
+  // Throws Error where a weight is beyond the range of half precision.
   PackedConv(const Isa& isa, const Conv& conv, const Algorithm& algorithm, Pool& pool);
 
   // A part of the output channels of one group, as wide as a register tile.
@@ -86,7 +94,10 @@ class PackedConv {
     std::ptrdiff_t next;        // from one weight of the tile to the next
   };
   const std::vector<Panel>& panels() const { return panels_; }
-  const float* weights(const Panel& panel) const { return weights_.data() + panel.weights; }
+  const void* weights(const Panel& panel) const {
+    const std::size_t size = conv_.half ? sizeof(std::uint16_t) : sizeof(float);
+    return reinterpret_cast<const char*>(weights_.data()) + panel.weights * size;
+  }
   const float* bias(const Panel& panel) const { return bias_.data() + panel.bias; }
   const Conv& conv() const { return conv_; }
   std::size_t bytes() const { return weights_.bytes() + bias_.bytes(); }

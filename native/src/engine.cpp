@@ -140,6 +140,7 @@ Engine::Engine(Network network, const Options& options)
       pool_(checked_threads(options.threads), options.pin),
       tuner_(isa_, pool_, options.tuning) {
   network_.check();
+  for (Node& node : network_.nodes) node.conv.half = options.half;
   if (!options.algorithm.empty()) tuner_.force(options.algorithm);
 }
 

@@ -17,6 +17,7 @@ struct Options {
   int threads = 0;   // 0: as many as this process may use
   bool pin = false;  // each thread to a core of its own
   Tuning tuning = Tuning::fast;
+  bool half = false;  // weights in half precision; the arithmetic stays in single
   std::string isa;   // "": the best that the processor has, or RVGG_ISA of the environment
   std::string algorithm;  // for tests: of every layer that it can compute, as `Tuner` writes it
 };

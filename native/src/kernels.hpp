@@ -1,4 +1,5 @@
-// What the kernels of every instruction set offer. All numbers are fp32; all offsets count floats.
+// What the kernels of every instruction set offer. All numbers are fp32, but for weights, which may
+// be stored in half precision; all offsets count numbers.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,7 @@ struct Product {
   const std::int32_t* segment;
   int segments;
   int depth;               // k of one segment
-  const float* b;          // [segments][depth][vectors * lanes]
+  const void* b;           // [segments][depth][vectors * lanes]
   float* c;                // C[r][j] = c[c_row[r] + j]
   const std::int32_t* c_row;
   const float* bias;       // vectors * lanes numbers
@@ -29,7 +30,7 @@ struct PointProducts {
   const float* a;  // A[p][r][k] = a[p * a_point + r * a_row + k]
   std::ptrdiff_t a_point, a_row;
   int rows, depth;
-  const float* b;                 // B[w][k][j] = b[w * b_weight + k * vectors * lanes + j]
+  const void* b;                  // B[w][k][j] = b[w * b_weight + k * vectors * lanes + j]
   std::ptrdiff_t b_weight;
   const std::uint8_t* weight;     // which of them each point takes
   int points;
@@ -74,8 +75,9 @@ struct Isa {
   int max_vectors;                  // of a register tile
   int max_rows[4];                  // of a register tile that is 1, 2 or 3 vectors wide
   bool (*supported)();
-  void (*product)(int rows, int vectors, const Product&);
-  void (*points)(int vectors, const PointProducts&);
+  // Of weights in fp32 (0) and in half precision (1).
+  void (*product[2])(int rows, int vectors, const Product&);
+  void (*points[2])(int vectors, const PointProducts&);
   const Axis* (*axis)(int outputs, int stride);  // null if there is none
   void (*pool)(const float* src, std::ptrdiff_t pixel, std::ptrdiff_t row, int height, int width,
                int channels, float* dst);        // means; channels is a multiple of the lanes

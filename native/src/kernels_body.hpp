@@ -1,6 +1,7 @@
 // The kernels, once for all instruction sets: included by a file that defines RVGG_ISA (a
-// namespace), RVGG_LANES (floats in a vector) and RVGG_ROWS (rows of the register tiles 1, 2 and 3
-// vectors wide), and that is compiled for that instruction set. Nothing here may be an inline
+// namespace), RVGG_LANES (floats in a vector), RVGG_ROWS (rows of the register tiles 1, 2 and 3
+// vectors wide) and RVGG_WIDEN (a vector from numbers in half precision), and that is compiled for
+// that instruction set. Nothing here may be an inline
 // function with external linkage: the linker could give its code to another processor.
 #include <cstring>
 #include <utility>
@@ -18,6 +19,8 @@ typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4), may_alias
 [[gnu::always_inline]] inline vec load(const float* p) {
   return *reinterpret_cast<const loose_vec*>(p);
 }
+// Numbers of 16 bits, IEEE half precision.
+[[gnu::always_inline]] inline vec load(const std::uint16_t* p) { return RVGG_WIDEN(p); }
 [[gnu::always_inline]] inline void store(float* p, vec v) {
   *reinterpret_cast<loose_vec*>(p) = v;
 }
@@ -34,12 +37,22 @@ typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4), may_alias
 
 constexpr int kRows[4] = {0, RVGG_ROWS};
 
-// Weights are fetched this many numbers ahead. They are read in order, but what the processor
+// Weights are fetched this far ahead. They are read in order, but what the processor
 // fetches by itself ends at each page; at batch 1 this is a fifth of the time of a layer.
-constexpr int kAhead = 2048;
+constexpr int kAheadBytes = 8192;
+constexpr int kLineBytes = 64;
+
+template <int Count, class Weight>
+[[gnu::always_inline]] inline void fetch_ahead(const Weight* b) {
+  const char* ahead = reinterpret_cast<const char*>(b) + kAheadBytes;
+#pragma GCC unroll 16
+  for (int i = 0; i < Count * static_cast<int>(sizeof(Weight)); i += kLineBytes) {
+    __builtin_prefetch(ahead + i, 0, 2);
+  }
+}
 
 // One register tile. The sums over (segment, k) run in registers from the first to the last.
-template <int Rows, int Vectors>
+template <int Rows, int Vectors, class Weight>
 void product(const Product& task) {
   vec sum[Rows][Vectors];
 #pragma GCC unroll 16
@@ -47,15 +60,14 @@ void product(const Product& task) {
 #pragma GCC unroll 16
     for (int j = 0; j < Vectors; ++j) sum[r][j] = load(task.bias + j * W);
   }
-  const float* b = task.b;
+  const auto* b = static_cast<const Weight*>(task.b);
   for (int s = 0; s < task.segments; ++s) {
     const float* row[Rows];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) row[r] = task.a + task.row[r] + task.segment[s];
     for (int k = 0; k < task.depth; ++k, b += Vectors * W) {
       vec w[Vectors];
-#pragma GCC unroll 16
-      for (int j = 0; j < Vectors * W; j += 16) __builtin_prefetch(b + kAhead + j, 0, 2);
+      fetch_ahead<Vectors * W>(b);
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
 #pragma GCC unroll 16
@@ -75,8 +87,8 @@ void product(const Product& task) {
   }
 }
 
-template <int Rows, int Vectors>
-void point_product(const float* a, std::ptrdiff_t a_row, int depth, const float* b, float* c) {
+template <int Rows, int Vectors, class Weight>
+void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight* b, float* c) {
   vec sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
@@ -88,8 +100,7 @@ void point_product(const float* a, std::ptrdiff_t a_row, int depth, const float*
   for (int r = 0; r < Rows; ++r) row[r] = a + r * a_row;
   for (int k = 0; k < depth; ++k, b += Vectors * W) {
     vec w[Vectors];
-#pragma GCC unroll 16
-    for (int j = 0; j < Vectors * W; j += 16) __builtin_prefetch(b + kAhead + j, 0, 2);
+    fetch_ahead<Vectors * W>(b);
 #pragma GCC unroll 16
     for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
 #pragma GCC unroll 16
@@ -105,58 +116,46 @@ void point_product(const float* a, std::ptrdiff_t a_row, int depth, const float*
   }
 }
 
-using ProductFn = void (*)(const Product&);
-using PointProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, float*);
-
-template <int Vectors, int... R>
-constexpr ProductFn product_of(int rows, std::integer_sequence<int, R...>) {
-  ProductFn found = nullptr;
-  ((rows == R + 1 ? void(found = product<R + 1, Vectors>) : void()), ...);
-  return found;
-}
-template <int Vectors, int... R>
-constexpr PointProductFn point_product_of(int rows, std::integer_sequence<int, R...>) {
-  PointProductFn found = nullptr;
-  ((rows == R + 1 ? void(found = point_product<R + 1, Vectors>) : void()), ...);
-  return found;
-}
-
+template <class Weight>
 struct Tables {
+  using ProductFn = void (*)(const Product&);
+  using PointFn = void (*)(const float*, std::ptrdiff_t, int, const Weight*, float*);
   ProductFn product[4][kMaxRows + 1]{};
-  PointProductFn point[4][kMaxRows + 1]{};
-  template <int Vectors>
-  constexpr void fill() {
-    using Rows = std::make_integer_sequence<int, kRows[Vectors]>;
-    for (int rows = 1; rows <= kRows[Vectors]; ++rows) {
-      product[Vectors][rows] = product_of<Vectors>(rows, Rows{});
-      point[Vectors][rows] = point_product_of<Vectors>(rows, Rows{});
-    }
+  PointFn point[4][kMaxRows + 1]{};
+
+  template <int Vectors, int... R>
+  constexpr void fill(std::integer_sequence<int, R...>) {
+    ((product[Vectors][R + 1] = rvgg::product<R + 1, Vectors, Weight>), ...);
+    ((point[Vectors][R + 1] = point_product<R + 1, Vectors, Weight>), ...);
   }
   constexpr Tables() {
-    fill<1>();
-    fill<2>();
-    fill<3>();
+    fill<1>(std::make_integer_sequence<int, kRows[1]>{});
+    fill<2>(std::make_integer_sequence<int, kRows[2]>{});
+    fill<3>(std::make_integer_sequence<int, kRows[3]>{});
   }
 };
-constexpr Tables kTables;
+template <class Weight>
+constexpr Tables<Weight> kTables;
 
+template <class Weight>
 void run_product(int rows, int vectors, const Product& task) {
-  kTables.product[vectors][rows](task);
+  kTables<Weight>.product[vectors][rows](task);
 }
 
 // Rows are split evenly (7 + 7 and not 12 + 2): narrow register tiles waste the multipliers.
+template <class Weight>
 void run_points(int vectors, const PointProducts& task) {
   const int blocks = (task.rows + kRows[vectors] - 1) / kRows[vectors];
   const int width = vectors * W;
   for (int p = 0; p < task.points; ++p) {
-    const float* b = task.b + task.weight[p] * task.b_weight;
+    const Weight* b = static_cast<const Weight*>(task.b) + task.weight[p] * task.b_weight;
     float* c = task.c + static_cast<std::ptrdiff_t>(p) * task.rows * width;
     const float* a = task.a + p * task.a_point;
     int first = 0;
     for (int block = 0; block < blocks; ++block) {
       const int end = (block + 1) * task.rows / blocks;
-      kTables.point[vectors][end - first](a + first * task.a_row, task.a_row, task.depth, b,
-                                          c + static_cast<std::ptrdiff_t>(first) * width);
+      kTables<Weight>.point[vectors][end - first](a + first * task.a_row, task.a_row, task.depth, b,
+                                                  c + static_cast<std::ptrdiff_t>(first) * width);
       first = end;
     }
   }
@@ -271,7 +270,14 @@ void mean_pool(const float* src, std::ptrdiff_t pixel, std::ptrdiff_t row, int h
 namespace RVGG_ISA {
 bool supported();
 extern const Isa isa;
-const Isa isa = {RVGG_NAME,  W,           3,         {0, RVGG_ROWS}, supported,
-                 run_product, run_points, find_axis, mean_pool};
+const Isa isa = {RVGG_NAME,
+                 W,
+                 3,
+                 {0, RVGG_ROWS},
+                 supported,
+                 {run_product<float>, run_product<std::uint16_t>},
+                 {run_points<float>, run_points<std::uint16_t>},
+                 find_axis,
+                 mean_pool};
 }  // namespace RVGG_ISA
 }  // namespace rvgg

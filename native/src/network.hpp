@@ -11,11 +11,6 @@
 
 namespace rvgg {
 
-// A message for the user: what was found, and what is needed.
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
 enum class Kind : std::uint32_t {
   input = 0,     // images
   conv = 1,      // 3x3 or 1x1 convolution

@@ -41,6 +41,7 @@ class Builder {
                  dilation,
                  static_cast<int>(weight.shape(2)),
                  relu,
+                 false,
                  keep(weight),
                  keep(bias)};
     return add(std::move(node));
@@ -69,8 +70,12 @@ class Builder {
 };
 
 rvgg::Options options(int threads, bool pin, const std::string& tune, const std::string& isa,
-                      const std::string& algorithm) {
+                      const std::string& weights, const std::string& algorithm) {
   rvgg::Options result;
+  if (weights != "fp32" && weights != "fp16") {
+    throw rvgg::Error("weights: 'fp32' or 'fp16' needed, found '" + weights + "'");
+  }
+  result.half = weights == "fp16";
   result.algorithm = algorithm;
   result.threads = threads;
   result.pin = pin;
@@ -166,18 +171,19 @@ NB_MODULE(_native, m) {
   nb::class_<rvgg::Engine>(m, "Engine")
       .def("__init__",
            [](rvgg::Engine* self, Builder& builder, int threads, bool pin, const std::string& tune,
-              const std::string& isa, const std::string& algorithm) {
-             new (self) rvgg::Engine(builder.take(), options(threads, pin, tune, isa, algorithm));
+              const std::string& isa, const std::string& weights, const std::string& algorithm) {
+             new (self) rvgg::Engine(builder.take(),
+                                     options(threads, pin, tune, isa, weights, algorithm));
            },
-           "builder"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a, "algorithm"_a = "")
+           "builder"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a, "weights"_a, "algorithm"_a = "")
       .def_static(
           "load",
           [](const std::string& path, int threads, bool pin, const std::string& tune,
-             const std::string& isa) {
+             const std::string& isa, const std::string& weights) {
             return std::make_unique<rvgg::Engine>(rvgg::Network::load(path),
-                                                  options(threads, pin, tune, isa, ""));
+                                                  options(threads, pin, tune, isa, weights, ""));
           },
-          "path"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a)
+          "path"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a, "weights"_a)
       .def("save", [](const rvgg::Engine& engine,
                       const std::string& path) { engine.network().save(path); })
       .def("__call__", &run, "images"_a)

@@ -57,6 +57,17 @@ struct ToomCook {
     return terms;
   }
 
+  // Row i of G is divided by 2^exponent and column i of A^T multiplied by it, so that transformed
+  // weights are about as large as the weights: half precision could not hold them otherwise.
+  static constexpr double scale(int i) {
+    const std::array<double, R> row = plain_filter()[i];
+    double norm = 0, result = 1;
+    for (double value : row) norm += value * value;
+    while (norm * result * result < 0.5) result *= 2;
+    while (norm * result * result >= 2) result /= 2;
+    return 1 / result;
+  }
+
   // t = B^T d. V is any type with + - * (a number or a vector of numbers).
   template <class V>
   [[gnu::always_inline]] static void input(const V* d, V* t) {
@@ -77,12 +88,12 @@ struct ToomCook {
     }
 #pragma GCC unroll 16
     for (int k = 0; k < M; ++k) {
-      V value = static_cast<float>(power(point(0), k)) * (k % 2 ? difference[0] : sum[0]);
+      V value = coefficient(0, k) * (k % 2 ? difference[0] : sum[0]);
 #pragma GCC unroll 16
       for (int i = 1; i < kPairs; ++i) {
-        value += static_cast<float>(power(point(i), k)) * (k % 2 ? difference[i] : sum[i]);
+        value += coefficient(i, k) * (k % 2 ? difference[i] : sum[i]);
       }
-      if (kZero && k == 0) value += t[0];
+      if (kZero && k == 0) value += static_cast<float>(scale(0)) * t[0];
       if (k == M - 1) value += t[kInfinity];
       y[k] = value;
     }
@@ -90,6 +101,20 @@ struct ToomCook {
 
   // G, row by row.
   static constexpr std::array<std::array<double, R>, kProducts> filter() {
+    std::array<std::array<double, R>, kProducts> g = plain_filter();
+    for (int i = 0; i < kProducts; ++i) {
+      for (double& value : g[i]) value /= scale(i);
+    }
+    return g;
+  }
+
+ private:
+  // Of A^T, for the k-th output and both points of a pair.
+  static constexpr float coefficient(int pair, int k) {
+    return static_cast<float>(power(point(pair), k) * scale(kZero + 2 * pair));
+  }
+
+  static constexpr std::array<std::array<double, R>, kProducts> plain_filter() {
     std::array<std::array<double, R>, kProducts> g{};
     const auto value = [](const Polynomial& in_y, double x) {
       double sum = 0;
@@ -107,7 +132,6 @@ struct ToomCook {
     return g;
   }
 
- private:
   // sum_j C[j] d[2 j], over the first `Count` coefficients.
   template <Polynomial C, int Count, class V>
   [[gnu::always_inline]] static V combine(const V* d) {

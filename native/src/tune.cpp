@@ -22,8 +22,8 @@ constexpr std::size_t kMeasured = 5;                    // by the fast tuning
 
 std::string key(const Isa& isa, int threads, const Conv& conv, int images, int height, int width) {
   char text[160];
-  std::snprintf(text, sizeof text, "%s t%d %dx%d k%d g%d s%d d%d n%d %dx%d", isa.name, threads,
-                conv.in_channels, conv.out_channels, conv.kernel, conv.groups, conv.stride,
+  std::snprintf(text, sizeof text, "%s%s t%d %dx%d k%d g%d s%d d%d n%d %dx%d", isa.name,
+                conv.half ? " half" : "", threads, conv.in_channels, conv.out_channels, conv.kernel, conv.groups, conv.stride,
                 conv.dilation, images, height, width);
   return text;
 }
@@ -64,7 +64,7 @@ void Tuner::calibrate() {
   for (int i = 0; i < 20; ++i) {
     const auto start = Clock::now();
     for (int j = 0; j < 10; ++j) {
-      isa_.points(2, {a.data(), 0, depth, rows, depth, b.data(), 0, &weight, 1, c.data()});
+      isa_.points[0](2, {a.data(), 0, depth, rows, depth, b.data(), 0, &weight, 1, c.data()});
     }
     best = std::min(best, seconds_since(start) / 10);
   }
@@ -97,11 +97,12 @@ double Tuner::model(const Conv& conv, const Algorithm& a, int images, int height
   const double width_used = conv.out_channels / conv.groups /
                             static_cast<double>(round_up(conv.out_channels / conv.groups, isa_.lanes));
   double compute = 2 * work / width_used / (flops_ * 0.9);
-  double weights = 4 * in / conv.groups * out * conv.taps();
+  const double bytes = conv.half ? 2 : 4;
+  double weights = bytes * in / conv.groups * out * conv.taps();
   if (a.winograd()) {
     const Axis& r = *isa_.axis(a.rows, conv.stride);
     const Axis& c = *isa_.axis(a.columns, conv.stride);
-    weights = 4 * in / conv.groups * out * r.weights * c.weights;
+    weights = bytes * in / conv.groups * out * r.weights * c.weights;
     const double tiles = tiles_of(conv, a, images, height, width);
     // About 4 operations a number and pass in the transforms, at a third of the peak.
     const double numbers = (in + out) * 2.0 * r.products * c.products;
