@@ -22,9 +22,9 @@ native = pytest.importorskip("repvgg._native", reason="no C++ compiler built the
 
 # Of the largest output, in the worst case that a search through small maps with few channels finds.
 # Larger tiles amplify the rounding of fp32.
-WORST = {0: 2e-6, 2: 2e-6, 3: 4e-6, 4: 4e-6, 5: 2e-5, 6: 3e-5, 7: 6e-5}
+WORST = {0: 4e-6, 2: 4e-6, 3: 6e-6, 4: 1e-5, 5: 3e-5, 6: 8e-5, 7: 2e-4}
 # In layers such as networks have.
-USUAL = {2: 1e-6, 3: 1e-6, 4: 2e-6, 5: 4e-6, 6: 6e-6, 7: 1e-5}
+USUAL = {2: 1e-6, 3: 2e-6, 4: 4e-6, 5: 1e-5, 6: 2e-5, 7: 6e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -133,8 +133,8 @@ def test_every_algorithm_is_a_convolution(case, isa):
 @pytest.mark.parametrize("tile", USUAL)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_errors_of_usual_layers(tile, stride):
-    case = {"in": 96, "out": 64, "groups": 1, "stride": stride, "dilation": 1, "kernel": 3}
-    case |= {"images": 2, "height": 28, "width": 28, "relu": True, "threads": 2, "seed": 0}
+    case = {"in": 192, "out": 64, "groups": 1, "stride": stride, "dilation": 1, "kernel": 3}
+    case |= {"images": 1, "height": 28, "width": 28, "relu": True, "threads": 2, "seed": 0}
     case |= {"rows": tile, "columns": tile, "vectors": 2, "block": 12, "order": 0}
     found, _, truth, _ = run_one(case, instruction_sets()[0])
     assert np.abs(found - truth).max() / np.abs(truth).max() <= USUAL[tile]

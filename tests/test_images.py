@@ -5,6 +5,7 @@ import os
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from repvgg.data.order import epoch_order
 from repvgg.data.transforms import Shift, evaluation_transform, normalize, training_transform
 from repvgg.errors import InputError
 from repvgg.preprocessing import Preprocessing
+from repvgg.training.config import Augmentation
 
 SMALL = Preprocessing.for_channels(1, 8)
 
@@ -221,6 +223,21 @@ def test_shifts_are_all_crops_of_torchvisions_padded_image_about_equally_often(
     assert counts.keys() == {crop.numpy().tobytes() for crop in expected}
     assert min(counts.values()) > 15
     assert max(counts.values()) < 70
+
+
+@pytest.mark.parametrize("augmentation", get_args(Augmentation))
+def test_transforms_travel_to_worker_processes_that_share_nothing(augmentation):
+    preprocessing = Preprocessing.for_channels(3, 16)
+    for transform in (
+        training_transform(preprocessing, augmentation),
+        evaluation_transform(preprocessing),
+    ):
+        copied = pickle.loads(pickle.dumps(transform))
+        results = []
+        for each in (transform, copied):
+            torch.manual_seed(0)
+            results.append(each(picture()))
+        assert torch.equal(*results)
 
 
 def test_the_padding_of_alternate_flips_is_the_image_itself():

@@ -25,7 +25,7 @@ from repvgg.training.evaluation import evaluate, evaluation_loader, with_classes
 from repvgg.training.loop import Run, train
 from repvgg.training.optimizer import build_optimizers, schedule, set_rates
 from repvgg.training.recipes import RECIPES, digits
-from repvgg.training.setup import choose_device, open_both_splits
+from repvgg.training.setup import build_network, choose_device, open_both_splits
 
 SHORT = dataclasses.replace(digits(), epochs=3, batch_size=256, base_batch_size=256)
 ALONE = World(0, 1, torch.device("cpu"))
@@ -36,6 +36,25 @@ def test_the_default_recipe_is_the_papers():
     assert (config.epochs, config.batch_size, config.learning_rate) == (120, 256, 0.1)
     assert (config.momentum, config.weight_decay) == (0.9, 1e-4)
     assert config.augmentation == "crop-flip"
+
+
+def test_the_cifar10_recipe_trains_a_whitened_network_of_at_most_2_5_million_parameters():
+    config = dataclasses.replace(RECIPES["cifar10"](), epochs=1)
+    images = open_images("digits", "train")
+    network = build_network(config, dataclasses.replace(images, channels=3, decode=coloured))
+    stem = network.get_parameter("stages.0.0.branches.conv3x3.conv.weight")
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == [
+        "stages.0.0.branches.conv3x3.conv.weight"
+    ]
+    assert torch.equal(stem[24:], -stem[:24])
+    plain = repvgg.reparameterize(network)
+    assert sum(p.numel() for p in plain.parameters()) == 2_102_090 <= 2_500_000
+
+
+def coloured(index):
+    """Random pixels."""
+    pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize(

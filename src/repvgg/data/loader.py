@@ -74,8 +74,9 @@ class Samples(Dataset[Any]):
         alternate_flip: bool = False,
     ):
         self.images, self.transform, self.seed, self.mixup = images, transform, seed, mixup
-        sides = np.random.default_rng([seed, 2]).integers(2, size=len(images), dtype=np.uint8)
-        self.sides = sides if alternate_flip else None
+        self.sides: np.ndarray | None = None
+        if alternate_flip:
+            self.sides = np.random.default_rng(derived_seed(seed)).integers(2, size=len(images))
 
     def __len__(self) -> int:
         return len(self.images)

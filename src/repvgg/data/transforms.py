@@ -21,7 +21,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
     """Resize the shorter side, crop the centre: image → (C, size, size), uint8."""
-    return v2.Compose([_fitting(preprocessing, preprocessing.resize_size), v2.PILToTensor()])
+    return v2.Compose([Fit(preprocessing, preprocessing.resize_size), v2.PILToTensor()])
 
 
 def training_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Transform:
@@ -46,7 +46,7 @@ def training_transform(preprocessing: Preprocessing, augmentation: Augmentation)
             reflect=augmentation == "shift-alternate-flip",
             flip=augmentation == "shift-flip",
         )
-        return v2.Compose([_fitting(preprocessing, size), shift])
+        return v2.Compose([Fit(preprocessing, size), shift])
     steps: list[v2.Transform] = [v2.RandomResizedCrop(size, interpolation=interpolation)]
     steps.append(v2.RandomHorizontalFlip())
     if augmentation.startswith("autoaugment"):
@@ -54,16 +54,18 @@ def training_transform(preprocessing: Preprocessing, augmentation: Augmentation)
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def _fitting(preprocessing: Preprocessing, resize_size: int) -> Callable[[Image.Image], Any]:
-    size = preprocessing.size
-    interpolation = InterpolationMode(preprocessing.interpolation)
-    change = v2.Compose([v2.Resize(resize_size, interpolation), v2.CenterCrop(size)])
+class Fit:
+    """Resize the shorter side, crop the centre; an image that has the size stays, at no cost."""
 
-    def fit(image: Image.Image) -> Any:
-        """The image in this size; itself if it has it, which costs nothing then."""
-        return image if image.size == (size, size) == (resize_size,) * 2 else change(image)
+    def __init__(self, preprocessing: Preprocessing, resize_size: int):
+        self.size, self.resize_size = preprocessing.size, resize_size
+        interpolation = InterpolationMode(preprocessing.interpolation)
+        self.change = v2.Compose([v2.Resize(resize_size, interpolation), v2.CenterCrop(self.size)])
 
-    return fit
+    def __call__(self, image: Image.Image) -> Any:
+        """The image in the size."""
+        fits = self.resize_size == self.size and image.size == (self.size, self.size)
+        return image if fits else self.change(image)
 
 
 class Shift:

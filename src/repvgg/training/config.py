@@ -39,7 +39,7 @@ class TrainConfig:
         warmup_epochs: over which the rate rises from 0 in proportion to the steps.
         schedule: how the rate falls after the warm-up: along half a cosine, or linearly.
         optimizer: stochastic gradient descent; or the same but for the kernels of convolutions,
-            which take orthogonalized steps (training/muon.py).
+            which take orthogonalized steps, without weight decay (training/muon.py).
         muon_rate: highest length of an orthogonalized step relative to the kernel, for any
             batch_size; it follows the schedule.
         bias_rate: rate of the shifts of batch norms and of the last layer's bias, relative to
