@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write weights, spec, class names and preprocessing into one safetensors file, atomically.
 
     Args:
-        model: a `RepVGG`, training-time or plain, in any wrapper of torch's.
+        model: a `RepVGG` or `PSPNet`, training-time or plain, in any wrapper of torch's.
         path: what to write; its folder is made if need be.
 
     Raises:
@@ -36,19 +36,24 @@ def save(model: nn.Module, path: str | Path) -> None:
             could not be loaded; or the file cannot be written.
     """
     network = unwrapped(model)
-    if not isinstance(network, RepVGG):
+    architecture = next((k for k, c in _architectures().items() if type(network) is c), None)
+    if architecture is None:
         raise InputError(f"save: a RepVGG is needed, found a {type(network).__name__}")
+    config = {"architecture": architecture, **cast(RepVGG, network).config()}
     state = network.state_dict()
-    _check_tensors(_on_meta(network.config()), state, "the model to save, against its own spec")
+    _check_tensors(_on_meta(config), state, "the model to save, against its own spec")
     # Copies, since two names for one storage are refused, and since layout is not kept.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    description = json.dumps({"format": FORMAT, **network.config()})
+    description = json.dumps({"format": FORMAT, **config})
     with written_aside(path) as aside:
         save_file(tensors, aside, metadata={METADATA_KEY: description})
 
 
-def load(path: str | Path) -> RepVGG:
+def load(path: str | Path) -> Any:
     """The network in a file of `save`, in eval mode, on the CPU, in the dtype it was saved in.
+
+    Returns:
+        A `RepVGG` or a `PSPNet`.
 
     Raises:
         InputError: no such file; one that is truncated or was not written by `save`; one whose
@@ -69,10 +74,21 @@ def load(path: str | Path) -> RepVGG:
     return network.eval()
 
 
-def _on_meta(config: Mapping[str, Any]) -> RepVGG:
-    """A network without memory for its weights, from `RepVGG.config()` or a file's claim of it."""
+def _architectures() -> dict[str, Any]:
+    """Classes of networks that a file can hold, by the name that it has for them."""
+    from repvgg.segmentation.pspnet import PSPNet  # which imports this module
+
+    return {"repvgg": RepVGG, "pspnet": PSPNet}
+
+
+def _on_meta(config: Mapping[str, Any]) -> Any:
+    """A network without memory for its weights, from its `config()` or a file's claim of it."""
+    fields = {**config}
+    architecture = fields.pop("architecture", "repvgg")
+    if architecture not in (known := _architectures()):
+        raise InputError(f"model: architecture one of {[*known]} needed, found {architecture!r}")
     with torch.device("meta"):
-        return RepVGG.from_config(config)
+        return known[architecture].from_config(fields)
 
 
 def _description(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
@@ -137,6 +153,11 @@ def load_weights(model: RepVGG, path: str | Path) -> LoadedWeights:
     if loaded.head_note:
         warnings.warn(f"{path}: {loaded.head_note}", stacklevel=2)
     return loaded
+
+
+def load_features(model: RepVGG, path: str | Path) -> LoadedWeights:
+    """`load_weights` for a network without classes: the linear layer of the file is left out."""
+    return _fill(model, path, *to_our_names(read_state_dict(path), path))
 
 
 def network_from_weights(model: str, path: str | Path) -> tuple[RepVGG, LoadedWeights]:

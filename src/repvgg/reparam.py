@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from repvgg.blocks import plain_name
 from repvgg.branches import MultiBranchBlock
 from repvgg.errors import InputError
 from repvgg.fold import fold_conv_and_norm
@@ -93,9 +92,9 @@ def convert(model: nn.Module, *, fold_pairs: bool = True) -> Conversion:
         if (inner := _wrapped_module(module)) is not None:
             memo[id(module)] = copy.deepcopy(inner, memo)
     plain = copy.deepcopy(model, memo).eval()
-    for module in plain.modules():
-        if isinstance(module, RepVGG):
-            module.block = plain_name(module.block)
+    for module in list(plain.modules()):
+        if (became_plain := getattr(module, "became_plain", None)) is not None:
+            became_plain()  # networks of this package say what they are
     return Conversion(
         plain,
         blocks=tuple(name for name, module in plain.named_modules() if module in plain_blocks),

@@ -1,25 +1,21 @@
-"""What a config turns into before the first step: device, network, loaders."""
+"""Where and how a network trains: device, layout, batch norms, wrappers."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from repvgg.checkpoint import load_weights
-from repvgg.data.images import Images, open_images
-from repvgg.data.loader import Loader, derived_seed
-from repvgg.data.transforms import training_transform
 from repvgg.errors import InputError
 from repvgg.lean import use_implementation
-from repvgg.model import RepVGG, create_model
-from repvgg.preprocessing import Preprocessing
-from repvgg.training.config import TrainConfig
+from repvgg.training.config import RunConfig
 from repvgg.training.distributed import World, synchronized
-from repvgg.training.evaluation import evaluation_loader
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def choose_device(name: str) -> torch.device:
@@ -36,73 +32,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_both_splits(data: str) -> tuple[Images, Images]:
-    """The images to train on and those to test on.
-
-    Raises:
-        InputError: a source that cannot be used, or other classes in one split than in the other.
-    """
-    if not data:
-        raise InputError("data: a folder of images is needed, found none given")
-    train, test = open_images(data, "train"), open_images(data, "test")
-    if train.class_names != test.class_names:
-        different = sorted(set(train.class_names) ^ set(test.class_names))
-        raise InputError(
-            f"{data}: the same classes to train and to test on are needed, found "
-            f"{', '.join(different[:5])} in one alone"
-        )
-    return train, test
-
-
-def build_network(config: TrainConfig, images: Images) -> RepVGG:
-    """The network of a config for these images, before the first step.
-
-    Its weights depend on the seed alone, or are those of `pretrained`.
-
-    Raises:
-        InputError: an unknown network, or weights that are not its.
-    """
-    torch.manual_seed(derived_seed(config.seed))
-    preprocessing = None
-    if config.image_size is not None:
-        preprocessing = Preprocessing.for_channels(images.channels, config.image_size)
-    network = create_model(
-        config.model,
-        block=config.block or None,
-        pretrained=config.pretrained == "hub",
-        num_classes=len(images.class_names),
-        in_chans=images.channels,
-        preprocessing=preprocessing,
-    )
-    if config.pretrained not in ("", "hub"):
-        load_weights(network, config.pretrained)
-    network.set_class_names(images.class_names)
-    return network
-
-
-def training_loader(config: TrainConfig, network: RepVGG, images: Images, world: World) -> Loader:
-    """This process's part of the batches of a config."""
-    return Loader(
-        images,
-        training_transform(network.preprocessing, config.augmentation),
-        config.batch_size,
-        seed=config.seed,
-        mixup=config.mixup,
-        alternate_flip=config.augmentation == "shift-alternate-flip",
-        workers=config.workers,
-        pin_memory=world.device.type == "cuda",
-        rank=world.rank,
-        size=world.size,
-    )
-
-
-def test_loader(config: TrainConfig, network: RepVGG, images: Images, world: World) -> Loader:
-    """This process's part of the images to test on."""
-    batch_size = -(-config.batch_size // world.size)
-    return evaluation_loader(network, images, batch_size, config.workers, world)
-
-
-def on_device(network: RepVGG, config: TrainConfig, world: World) -> RepVGG:
+def on_device(network: Network, config: RunConfig, world: World) -> Network:
     """Move a network to where it trains, in the layout and with the batch norms of the config.
 
     Raises:
@@ -115,15 +45,20 @@ def on_device(network: RepVGG, config: TrainConfig, world: World) -> RepVGG:
         )
     network.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     use_implementation(network, config.implementation)
     if config.sync_bn and world.size > 1:
         synchronized(network, world.device)
     return network
 
 
-def for_steps(network: RepVGG, config: TrainConfig, world: World) -> nn.Module:
-    """What the steps of the optimizer run: the network, wrapped as the config and world need."""
+def for_steps(network: Any, config: RunConfig, world: World) -> nn.Module:
+    """What the steps of the optimizer run: the network, wrapped as the config and world need.
+
+    Args:
+        network: with `stages`, each of which can be recomputed by itself.
+        config, world: of the run.
+    """
     if config.gradient_checkpointing:
         for stage in network.stages:
             stage.forward = partial(_recomputed, stage, stage.forward)
