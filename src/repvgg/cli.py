@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -20,6 +21,8 @@ from repvgg.console import say, show_table, warn, with_bar
 from repvgg.data.pack import Pack
 from repvgg.errors import InputError, Interrupted
 from repvgg.reproduce.command import Bench, Compare, Reproduce
+from repvgg.segmentation.command import SegmentTrain, segment_command
+from repvgg.segmentation.config import SEGMENT_RECIPES
 from repvgg.training.config import Device, TrainConfig
 from repvgg.training.recipes import RECIPES
 
@@ -330,25 +333,29 @@ def _need_positive(name: str, value: int) -> None:
         raise InputError(f"{name}: 1 or more needed, found {value}")
 
 
-def _chosen_recipe(arguments: list[str]) -> str:
+def _chosen_recipe(arguments: list[str], recipes: Collection[str], usual: str) -> str:
     """The value of `--recipe`, needed before the parser runs since it sets the other defaults."""
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == "--recipe":
             value = value if equals else "".join(arguments[index + 1 : index + 2])
-            return value if value in RECIPES else Train.recipe
-    return Train.recipe
+            return value if value in recipes else usual
+    return usual
 
 
 def _parser(arguments: list[str]) -> Any:
     """The union of all commands, with the defaults of the chosen recipe in `train`."""
     commands = {name: Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()}
     if arguments[:1] == ["train"]:
-        recipe = _chosen_recipe(arguments)
+        recipe = _chosen_recipe(arguments, RECIPES, Train.recipe)
         commands["train"] = Annotated[
             Train,
             subcommand("train", default=Train(tyro.MISSING, recipe, config=RECIPES[recipe]())),
         ]
+    recipe = SegmentTrain.recipe
+    if arguments[:2] == ["segment", "train"]:
+        recipe = _chosen_recipe(arguments, SEGMENT_RECIPES, recipe)
+    commands["segment"] = Annotated[segment_command(recipe), subcommand("segment")]
     return Union[tuple(commands.values())]  # noqa: UP007
 
 

@@ -1,14 +1,31 @@
 """The order in which the images of a pass are seen: a pure function of (source, seed, epoch)."""
 
-import numpy as np
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from repvgg.data.images import Images
+import numpy as np
 
 # Shards whose images are mixed with one another; so many must be at hand at a time.
 WINDOW = 8
 
 
-def epoch_order(images: Images, seed: int, epoch: int) -> list[int]:
+class Source(Protocol):
+    """What a loader needs of its images: `Images` is one, `Scenes` another."""
+
+    @property
+    def decode(self) -> Callable[[int], Any]:
+        """Index → what the transform takes, with a `width` and `height`."""
+        ...
+
+    @property
+    def groups(self) -> tuple[range, ...]:
+        """See `Images.groups`."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+def epoch_order(images: Source, seed: int, epoch: int) -> list[int]:
     """The index of every image once, shuffled.
 
     A source whose images are all at hand is shuffled as a whole. One with `groups`, of which each
