@@ -112,7 +112,7 @@ class Evaluate:
         from repvgg.training.setup import choose_device
 
         _need_positive("batch-size", self.batch_size)
-        network = _load(self.model, self.name).to(choose_device(self.device))
+        network = _classifier(self.model, self.name).to(choose_device(self.device))
         images, note = with_classes_of(network, open_images(self.data, "test"))
         if note:
             warn(note)
@@ -136,7 +136,8 @@ class Convert:
     name: str | None = None
     """Name of the network, for a weight file that does not say it (timm's, the authors')."""
     data: str | None = None
-    """Images to verify on, all of them, see `evaluate`; random ones if not given."""
+    """Images to verify on, all of them, see `evaluate`, or `segment evaluate` for a PSPNet; random
+    ones if not given."""
     max_rel_error: float | None = None
     """Largest error relative to the largest logit; by the precision of the file if not given."""
 
@@ -189,7 +190,7 @@ class Predict:
         if not self.images:
             raise InputError("images: at least one image or folder is needed, found none")
         paths = [path for given in self.images for path in find_images(given)]
-        network = _load(self.model, self.name).to(choose_device(self.device))
+        network = _classifier(self.model, self.name).to(choose_device(self.device))
         errors = []
         for prediction in predict(network, paths, self.top_k):
             if prediction.error:
@@ -240,7 +241,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a network as ONNX, folded, and check it with onnxruntime."""
+    """Write a network as ONNX, folded, and check it with onnxruntime.
+
+    The number of images may vary, and of a PSPNet their height and width.
+    """
 
     model: ModelFile
     """File of a network, training-time or plain."""
@@ -254,6 +258,7 @@ class Export:
 
         from repvgg.export.onnx import export_onnx, require, run_onnx
         from repvgg.files import written_aside
+        from repvgg.model import RepVGG
         from repvgg.verification import compare_outputs
 
         require("onnx", "onnxscript", "onnxruntime")
@@ -262,7 +267,7 @@ class Export:
         network = _load(self.model, self.name).float()
         (inputs,) = _inputs(network, None)
         with written_aside(self.output) as aside:
-            export_onnx(network, aside)
+            export_onnx(network, aside, dynamic_size=not isinstance(network, RepVGG))
             with torch.inference_mode():
                 agreement = compare_outputs(network(inputs), run_onnx(aside, inputs))
             agreement.require(1e-4)
@@ -297,6 +302,15 @@ def _load(path: Path, name: str | None) -> "RepVGG":
     return network
 
 
+def _classifier(path: Path, name: str | None) -> "RepVGG":
+    from repvgg.model import RepVGG
+
+    network = _load(path, name)
+    if not isinstance(network, RepVGG):
+        raise InputError(f"{path}: a network that classifies is needed; see `repvgg segment`")
+    return network
+
+
 def _inputs(network: "RepVGG", data: str | None) -> Any:
     """Batches of real images, prepared, or one of random images; in the network's dtype."""
     import torch
@@ -304,13 +318,20 @@ def _inputs(network: "RepVGG", data: str | None) -> Any:
     like = next(network.parameters())
     if data is None:
         size = network.preprocessing.size
-        shape = (8, network.in_chans, size, size)
+        count = max(1, min(8, 8 * 224**2 // size**2))  # a large one says as much as eight small
+        shape = (count, network.in_chans, size, size)
         return [torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)]
     from repvgg.data.images import open_images
     from repvgg.data.transforms import normalize
-    from repvgg.training.evaluation import evaluation_loader
+    from repvgg.model import RepVGG
+    from repvgg.segmentation import evaluation as of_scenes
+    from repvgg.segmentation.data import open_scenes
+    from repvgg.training import evaluation
 
-    loader = evaluation_loader(network, open_images(data, "test"), batch_size=64)
+    if isinstance(network, RepVGG):
+        loader = evaluation.evaluation_loader(network, open_images(data, "test"), batch_size=64)
+    else:
+        loader = of_scenes.evaluation_loader(open_scenes(data, "val"))
 
     def batches() -> Any:
         for batch in with_bar("verifying", loader.epoch(), len(loader)):

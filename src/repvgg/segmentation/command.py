@@ -181,6 +181,7 @@ def segment_command(recipe: str) -> Any:
         """A class for every pixel: train a PSPNet, evaluate it, color images with it."""
 
         command: OmitSubcommandPrefixes[any_of_them]  # pyright: ignore[reportInvalidTypeForm]
+        """What to do."""
 
         def run(self) -> None:
             self.command.run()

@@ -245,7 +245,9 @@ def _from_cityscapes(folder: str, split: Split) -> Scenes:
 def _scenes(
     pairs: Sequence[tuple[Path, Path]], class_names: tuple[str, ...], table: np.ndarray
 ) -> Scenes:
-    decode = partial(_decode, [(str(i), str(l)) for i, l in pairs], len(class_names), table)
+    decode = partial(
+        _decode, [(str(image), str(labels)) for image, labels in pairs], len(class_names), table
+    )
     return Scenes([str(image) for image, _ in pairs], class_names, decode)
 
 
