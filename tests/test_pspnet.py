@@ -220,7 +220,7 @@ def test_a_file_holds_the_whole_network(form, randomized, tmp_path):
     assert loaded.config()["block"] == {"train": "repvgg", "plain": "plain"}[form]
     images = torch.randn(1, 3, 50, 61)
     with torch.inference_mode():
-        assert torch.equal(loaded(images), network(images))
+        torch.testing.assert_close(loaded(images), network(images))
 
 
 def test_the_backbone_begins_with_the_weights_of_a_classification_network(tmp_path, randomized):
@@ -281,6 +281,7 @@ def test_wrong_arguments_are_named():
         Spec((1, 1), widths=(4, 8), strides=(1, 2), dilations=(1, (1, 2)))
 
 
+@pytest.mark.slow
 def test_onnx_takes_any_size(randomized, relative_error, tmp_path):
     network = small(randomized, preprocessing=Preprocessing(size=65))
     export_onnx(network, tmp_path / "net.onnx", dynamic_size=True)

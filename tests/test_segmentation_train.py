@@ -1,4 +1,4 @@
-"""Segmentation runs: loss by hand, what they leave, exact resume, their commands, on small scenes."""
+"""Segmentation runs: loss by hand, what they leave, exact resume, commands, on small scenes."""
 
 import csv
 import dataclasses
@@ -23,7 +23,7 @@ from repvgg.segmentation.config import SEGMENT_RECIPES, SegmentConfig
 from repvgg.segmentation.data import VOID, open_scenes
 from repvgg.segmentation.evaluation import View, evaluate, evaluation_loader
 from repvgg.segmentation.prediction import overlay
-from repvgg.segmentation.train import Segmentation, cross_entropy, train
+from repvgg.segmentation.train import Segmentation, class_weights, cross_entropy, train
 from repvgg.training.distributed import World
 from repvgg.training.loop import Run
 from repvgg.training.optimizer import build_optimizer, learning_rate
@@ -48,7 +48,7 @@ def stripes(tmp_path_factory):
     root = tmp_path_factory.mktemp("stripes")
     description = {"names": ["sea", "brick", "lawn"], "colors": COLORS, "ignore": 9}
     (root / "classes.json").write_text(json.dumps(description))
-    for split, count in (("train", 13), ("val", 5), ("test", 2)):
+    for split, count in (("train", 37), ("val", 5), ("test", 2)):
         for index in range(count):
             for folder, picture in zip(
                 ("images", "labels"), scene(100 * count + index), strict=True
@@ -67,7 +67,7 @@ def config(stripes):
         epochs=6,
         batch_size=4,
         base_batch_size=4,
-        learning_rate=0.02,
+        learning_rate=0.04,
         crop_size=33,
         scale_min=0.8,
         scale_max=1.25,
@@ -139,6 +139,23 @@ def test_the_loss_counts_the_pixels_that_have_a_class():
     expected = of_pixels[labels != VOID].mean()
     torch.testing.assert_close(cross_entropy(logits, labels), expected)
     assert cross_entropy(logits, torch.full_like(labels, VOID)) == 0
+
+
+def test_classes_can_be_balanced(config):
+    """Weights by hand: the power of the median share over the share of the class."""
+    scenes = open_scenes(config.data, "train")
+    counts = np.zeros(3)
+    for index in range(len(scenes)):
+        labels = np.asarray(scenes.decode(index).labels)
+        counts += [(labels == label).sum() for label in range(3)]
+    expected = (np.median(counts) / counts) ** 0.5
+    weights = class_weights(scenes, 0.5)
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
+    logits = torch.randn(2, 3, 5, 7)
+    labels = torch.randint(0, 3, (2, 5, 7))
+    labels[0, :3] = VOID
+    theirs = F.cross_entropy(logits, labels, weight=weights, ignore_index=VOID)
+    torch.testing.assert_close(cross_entropy(logits, labels, weights), theirs)
 
 
 def test_the_loss_of_a_step_is_that_of_both_heads(config):
@@ -262,7 +279,7 @@ def refuse(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_evaluate_convert_and_export_from_the_command_line(finished, stripes, tmp_path, capsys):
+def test_evaluate_and_convert_from_the_command_line(finished, stripes, tmp_path, capsys):
     model, plain = finished / "best.safetensors", tmp_path / "plain.safetensors"
     said = succeed(capsys, "segment", "evaluate", model, "--data", stripes, "--split", "test")
     assert "mIoU" in said
@@ -270,8 +287,13 @@ def test_evaluate_convert_and_export_from_the_command_line(finished, stripes, tm
     assert "verified on 5 images" in succeed(capsys, "convert", model, plain, "--data", stripes)
     arguments = ("--data", stripes, "--split", "test", "--flip", "--scales", "1", "1.5")
     succeed(capsys, "segment", "evaluate", plain, *arguments, "--window", "24")
-    assert "equal in onnxruntime" in succeed(capsys, "export", model, tmp_path / "net.onnx")
     assert "Conv 3×3, 12 → 16, dilation 2" in succeed(capsys, "profile", plain)
+
+
+@pytest.mark.slow
+def test_export_from_the_command_line(finished, tmp_path, capsys):
+    said = succeed(capsys, "export", finished / "best.safetensors", tmp_path / "net.onnx")
+    assert "equal in onnxruntime" in said
 
 
 def test_predict_draws_overlays(finished, stripes, tmp_path, capsys):

@@ -23,6 +23,8 @@ class SegmentConfig(RunConfig):
             train and val are used.
         head_rate: how many times the rate of the backbone the heads learn at.
         auxiliary_weight: of the loss of the auxiliary head.
+        class_balance: 0 for a loss in which every pixel counts alike; else each counts by this
+            power of the median frequency of the classes over that of its own.
         crop_size: side in pixels of the square parts that are trained on.
         scale_min: lowest factor by which height and width are changed before.
         scale_max: the highest.
@@ -42,6 +44,7 @@ class SegmentConfig(RunConfig):
     data: str = ""
     head_rate: float = 10.0
     auxiliary_weight: float = 0.4
+    class_balance: float = 0.0
     crop_size: int = 713
     scale_min: float = 0.5
     scale_max: float = 2.0
@@ -61,6 +64,7 @@ BOUNDS = (
     ("width", 2, 65536),
     ("head_rate", 0, UNBOUNDED),
     ("auxiliary_weight", 0, UNBOUNDED),
+    ("class_balance", 0, 10),
     ("crop_size", 9, 16384),
     ("scale_min", 0.05, 16),
     ("scale_max", 0.05, 16),
@@ -84,9 +88,10 @@ def camvid() -> SegmentConfig:
         learning_rate=0.02,
         weight_decay=5e-4,
         head_rate=4.0,
+        class_balance=0.5,
         crop_size=256,
-        scale_min=0.5,
-        scale_max=1.5,
+        scale_min=0.75,
+        scale_max=1.75,
         rotate=0.0,
         blur=False,
     )

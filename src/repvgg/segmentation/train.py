@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class Segmentation:
         self.config, self.world = config, world
         scenes, test_scenes = open_scenes(config.data, "train"), open_scenes(config.data, "val")
         self.images = len(scenes)
+        self.weights = class_weights(scenes, config.class_balance) if config.class_balance else None
         self.network = on_device(build_network(config, scenes), config, world)
         self.faster = (self.network.pyramid, self.network.head, self.network.auxiliary)
         self.factor = config.head_rate
@@ -68,8 +70,8 @@ class Segmentation:
         config, labels = self.config, labels.long()
         x = prepared(images, self.network, self.network.preprocessing, config)
         logits, auxiliary = map(at_least_fp32, in_precision(model, x, config))
-        loss = cross_entropy(logits, labels)
-        loss = loss + config.auxiliary_weight * cross_entropy(auxiliary, labels)
+        loss = cross_entropy(logits, labels, self.weights)
+        loss = loss + config.auxiliary_weight * cross_entropy(auxiliary, labels, self.weights)
         right = (logits.argmax(1) == labels).sum() / (labels != VOID).sum().clamp(min=1)
         return loss, (right * len(images)).to(loss.dtype)
 
@@ -79,15 +81,38 @@ class Segmentation:
         return {"loss": result.loss, "miou": result.miou, "pixel_accuracy": result.pixel_accuracy}
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over the pixels that have a class; 0 if none has.
 
     Args:
         logits: (N, K, H, W).
         labels: (N, H, W) int64, with `VOID`.
+        weights: (K,), how much a pixel of each class counts; all alike if not given.
     """
-    total = F.cross_entropy(logits, labels, ignore_index=VOID, reduction="sum")
-    return total / (labels != VOID).sum().clamp(min=1)
+    weights = logits.new_ones(logits.shape[1]) if weights is None else weights.to(logits)
+    total = F.cross_entropy(logits, labels, weights, ignore_index=VOID, reduction="sum")
+    known = labels[labels != VOID]
+    return total / weights[known].sum() if len(known) else total
+
+
+def class_weights(scenes: Scenes, power: float) -> Tensor:
+    """(K,) fp32: a power of the median frequency of the classes over that of each.
+
+    With the power 1 it is the median frequency balancing of Eigen and Fergus, "Predicting Depth,
+    Surface Normals and Semantic Labels with a Common Multi-scale Convolutional Architecture"
+    (ICCV 2015), but for a frequency over all pixels.
+
+    Raises:
+        InputError: a scene that cannot be decoded, a class that never occurs.
+    """
+    counts = np.zeros(256, np.int64)
+    for index in range(len(scenes)):
+        counts += np.bincount(np.asarray(scenes.decode(index).labels).ravel(), minlength=256)
+    counts = counts[: len(scenes.class_names)]
+    if not counts.all():
+        missing = scenes.class_names[int(counts.argmin())]
+        raise InputError(f"class_balance: a pixel of each class needed, found none of {missing}")
+    return torch.from_numpy((np.median(counts) / counts) ** power).float()
 
 
 def build_network(config: SegmentConfig, scenes: Scenes) -> PSPNet:
