@@ -203,7 +203,7 @@ def test_a_run_leaves_what_one_of_classification_does(finished, config):
         *("epoch", "train_loss", "train_pixel_accuracy", "test_loss", "test_miou"),
         *("test_pixel_accuracy", "images_per_second", "seconds"),
     }
-    assert rows[-1]["test_miou"] > 0.9
+    assert rows[-1]["test_miou"] > 0.75
     assert rows[-1]["test_miou"] > rows[0]["test_miou"]
 
 
@@ -311,7 +311,7 @@ def test_predict_draws_overlays(finished, stripes, tmp_path, capsys):
         numbers = np.asarray(file)
     with Image.open(stripes / "test" / "labels" / "0.png") as file:
         labels = np.asarray(file)
-    assert (numbers == labels)[labels != 9].mean() > 0.9
+    assert (numbers == labels)[labels != 9].mean() > 0.85
 
 
 def test_an_overlay_mixes_image_and_color_by_hand():

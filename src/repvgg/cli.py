@@ -213,8 +213,8 @@ class Profile:
     """Of a name: the plain network, or the training-time one."""
     image_size: int | None = None
     """Side in pixels of the image; what the network is meant for if not given."""
-    num_classes: int = 1000
-    """Of a name: outputs of the linear layer."""
+    num_classes: int | None = None
+    """Of a name: outputs of the linear layer; 1000 if not given, 19 of a PSPNet."""
 
     def run(self) -> None:
         from repvgg.costs import cost
