@@ -1,5 +1,7 @@
 """PSPNets: strides, dilations and parameters by hand, conversion, files, backbones, ONNX."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -28,13 +30,13 @@ ROWS = (
 )
 
 
-def small(randomized, **options):
+def small(randomized, **options) -> Any:
     torch.manual_seed(0)
     options = {"num_classes": 5, "width": 8, **options}
     return randomized(PSPNet(dilated(SMALL, fast=True), **options)).eval()
 
 
-def on_meta(name, **options):
+def on_meta(name, **options) -> Any:
     with torch.device("meta"):
         return repvgg.create_model(name, **options)
 
@@ -156,7 +158,8 @@ def test_the_pyramid_keeps_its_input_and_adds_a_quarter_for_each_level():
     assert result.shape == (1, 16, 9, 7)
     assert torch.equal(result[:, :8], x)
     # The first level is one value a channel: what its layers make of the mean of x.
-    expected = pyramid.reductions[0](x.mean((2, 3), keepdim=True)).expand(1, 2, 9, 7)
+    reduction: Any = pyramid.reductions[0]
+    expected = reduction(x.mean((2, 3), keepdim=True)).expand(1, 2, 9, 7)
     torch.testing.assert_close(result[:, 8:10], expected)
 
 
@@ -261,7 +264,7 @@ def test_other_heads_can_take_the_features_of_any_stage(name, reductions, channe
 
 
 def test_wrong_arguments_are_named():
-    for arguments, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"model": "pspnet_vgg16"}, "unknown; one of pspnet_repvgg_a0"),
         ({"model": "pspnet_repvgg_digits"}, "unknown"),
         ({"model": "pspnet_repvgg_small", "num_classes": 0}, "num_classes=0"),
@@ -270,7 +273,8 @@ def test_wrong_arguments_are_named():
         ({"model": "pspnet_repvgg_small", "global_pool": "avg"}, "unknown arguments"),
         ({"model": "pspnet_resnet50", "pretrained": True}, "no published weights"),
         ({"model": "pspnet_resnet50", "features_only": True, "out_indices": (5,)}, "out_indices"),
-    ):
+    )
+    for arguments, message in cases:
         with pytest.raises(InputError, match=message):
             repvgg.create_model(**arguments)
     with pytest.raises(InputError, match="the same resolution needed"):

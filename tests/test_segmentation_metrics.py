@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_the_figures_are_those_of_torchmetrics(seed):
     total = sum(confusion(p, t, 7) for p, t in zip(predicted, labels, strict=True))
     found = scores(torch.as_tensor(total))
     for average, ours in (("macro", found.miou), ("none", torch.tensor(found.iou))):
-        theirs = MulticlassJaccardIndex(7, average=average, ignore_index=VOID)
+        theirs = MulticlassJaccardIndex(7, average=cast(Any, average), ignore_index=VOID)
         torch.testing.assert_close(
             theirs(predicted, labels).double(), torch.as_tensor(ours).double(), rtol=1e-6, atol=0
         )
@@ -68,6 +69,7 @@ class Brightness(nn.Module):
         return torch.stack([-red, red], dim=1)
 
 
+BRIGHTNESS = cast(Any, Brightness())
 IMAGES = torch.randint(0, 256, (2, 3, 21, 30), dtype=torch.uint8)
 
 
@@ -75,19 +77,19 @@ IMAGES = torch.randint(0, 256, (2, 3, 21, 30), dtype=torch.uint8)
 @pytest.mark.parametrize("flip", [False, True])
 def test_windows_and_flips_see_what_the_whole_shows(window, flip):
     """Of a network that sees single pixels every look gives the same, or a window is misplaced."""
-    whole = probabilities(Brightness(), IMAGES)
+    whole = probabilities(BRIGHTNESS, IMAGES)
     torch.testing.assert_close(whole.sum(1), torch.ones(2, 21, 30))
-    torch.testing.assert_close(probabilities(Brightness(), IMAGES, View(window, flip=flip)), whole)
+    torch.testing.assert_close(probabilities(BRIGHTNESS, IMAGES, View(window, flip=flip)), whole)
 
 
 def test_several_scales_are_averaged_at_the_size_of_the_image():
     smooth = torch.arange(30, dtype=torch.uint8).mul(8).expand(1, 3, 20, 30).contiguous()
-    whole = probabilities(Brightness(), smooth)
-    both = probabilities(Brightness(), smooth, View(scales=(0.5, 1.0, 2.0)))
+    whole = probabilities(BRIGHTNESS, smooth)
+    both = probabilities(BRIGHTNESS, smooth, View(scales=(0.5, 1.0, 2.0)))
     assert both.shape == whole.shape
     assert (both[..., 3:-3] - whole[..., 3:-3]).abs().max() < 0.02
     assert not torch.equal(both, whole)
-    twice = probabilities(Brightness(), smooth, View(scales=(1.0, 1.0)))
+    twice = probabilities(BRIGHTNESS, smooth, View(scales=(1.0, 1.0)))
     torch.testing.assert_close(twice, whole)
 
 
@@ -117,7 +119,7 @@ def test_a_view_names_what_it_cannot_be():
 
 
 def test_a_network_in_training_is_evaluated_as_at_inference():
-    network = repvgg.create_model("pspnet_repvgg_small", num_classes=3, width=8).train()
+    network: Any = repvgg.create_model("pspnet_repvgg_small", num_classes=3, width=8).train()
     found = probabilities(network, IMAGES)
     assert network.training
     torch.testing.assert_close(found, probabilities(network.eval(), IMAGES))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,7 +217,7 @@ def test_the_best_model_is_that_of_the_highest_miou(finished, config):
 
 def test_the_figures_are_the_same_after_conversion(finished, config):
     network = repvgg.load(finished / "last.safetensors")
-    plain = repvgg.reparameterize(network)
+    plain: Any = repvgg.reparameterize(network)
     loader = evaluation_loader(open_scenes(config.data, "val"))
     for view in (None, View(window=17, scales=(1.0, 1.5), flip=True)):
         before, after = evaluate(network, loader, view), evaluate(plain, loader, view)
@@ -230,7 +231,7 @@ def test_the_figures_are_the_same_after_conversion(finished, config):
 def test_a_run_that_was_stopped_within_an_epoch_ends_with_the_same_bits(config, finished, tmp_path):
     output = tmp_path / "run"
     run = Run(config, output, ALONE, task=Segmentation)
-    run.received, run.kept_at = [signal.SIGTERM], time.monotonic()
+    run.received, run.kept_at = [int(signal.SIGTERM)], time.monotonic()
     with pytest.raises(Interrupted, match="stopped at step 1 of epoch 1"):
         run._train_epoch()
     train(config, output)

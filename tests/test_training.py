@@ -356,7 +356,7 @@ def test_a_compiled_network_trains_as_an_eager_one(tmp_path):
 
 def test_the_plain_network_of_a_trained_one_agrees_on_every_test_image(finished):
     network = repvgg.load(finished / "best.safetensors")
-    plain = repvgg.reparameterize(network)
+    plain = cast(repvgg.RepVGG, repvgg.reparameterize(network))
     loader = evaluation_loader(network, open_images("digits", "test"))
     before, after = evaluate(network, loader), evaluate(plain, loader)
     assert torch.equal(before.predictions, after.predictions)

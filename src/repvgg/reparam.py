@@ -8,7 +8,7 @@ a new module; the model that was given is only read.
 import copy
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,8 +18,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from repvgg.branches import MultiBranchBlock
 from repvgg.errors import InputError
 from repvgg.fold import fold_conv_and_norm
-from repvgg.model import RepVGG
 from repvgg.plain import plain_conv
+
+if TYPE_CHECKING:
+    from repvgg.model import RepVGG
+    from repvgg.segmentation.pspnet import PSPNet
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Conversion:
 
 
 @overload
-def reparameterize(model: RepVGG) -> RepVGG: ...
+def reparameterize(model: "RepVGG") -> "RepVGG": ...
+@overload
+def reparameterize(model: "PSPNet") -> "PSPNet": ...
 @overload
 def reparameterize(model: nn.Module) -> nn.Module: ...
 def reparameterize(model: nn.Module) -> nn.Module:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from repvgg.speed import Contender, Record
 
 What = Literal[
-    *("table1", "table4", "table5", "table6", "table7", "table8"),
-    *("speedups", "figure1", "figure3", "page"),
-]
+    "table1", "table4", "table5", "table6", "table7", "table8", "speedups", "figure1", "figure3",
+    "page",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

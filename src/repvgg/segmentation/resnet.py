@@ -37,8 +37,8 @@ class DilatedResNet(nn.Module):
 
     def __init__(self, name: str, in_chans: int = 3, out_indices: Sequence[int] = (-2, -1)):
         super().__init__()
-        network = ResNet(
-            DilatedBottleneck,
+        network: Any = ResNet(
+            DilatedBottleneck,  # pyright: ignore[reportArgumentType] - a class is what it takes
             DEPTHS[name],
             num_classes=0,
             in_chans=in_chans,

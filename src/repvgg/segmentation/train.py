@@ -1,7 +1,8 @@
 """The task of Sect. 4.3: a class for every pixel. The loop is that of classification."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +37,10 @@ class Segmentation:
         InputError: data or config that cannot be used.
     """
 
-    hits, score = "pixel_accuracy", "miou"
+    network: Any
+    faster: Sequence[nn.Module]
+    hits: str = "pixel_accuracy"
+    score: str = "miou"
 
     def __init__(self, config: SegmentConfig, world: World):
         self.config, self.world = config, world

@@ -1,5 +1,8 @@
 """The task of Sect. 4.1: an image, one class."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,9 +28,11 @@ class Classification:
         InputError: data or config that cannot be used.
     """
 
-    hits = score = "top1"
-    faster: tuple[nn.Module, ...] = ()
-    factor = 1.0
+    network: Any
+    faster: Sequence[nn.Module] = ()
+    factor: float = 1.0
+    hits: str = "top1"
+    score: str = "top1"
 
     def __init__(self, config: TrainConfig, world: World):
         self.config, self.world = config, world
