@@ -1,5 +1,7 @@
 """PSPNets: strides, dilations and parameters by hand, conversion, files, backbones, ONNX."""
 
+import json
+import struct
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import repvgg
@@ -224,6 +227,38 @@ def test_a_file_holds_the_whole_network(form, randomized, tmp_path):
     images = torch.randn(1, 3, 50, 61)
     with torch.inference_mode():
         torch.testing.assert_close(loaded(images), network(images))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "os.system"}, "architecture one of"),
+        ({"architecture": ["pspnet"]}, "architecture one of"),
+        ({"architecture": "repvgg"}, "fields"),
+        ({"backbone": "resnet9000"}, "backbone"),
+        ({"backbone": 5}, "spec: fields"),
+        ({"backbone": {"depths": [10**9]}}, "depths"),
+        ({"backbone": dilated(SMALL).to_dict() | {"dilations": [1, 1, 1, 10**9, 1]}}, "dilations"),
+        ({"backbone": dilated(SMALL).to_dict() | {"widths": [65536] * 5}}, "not these weights"),
+        ({"num_classes": 10**6}, "num_classes"),
+        ({"width": 10**9}, "width"),
+        ({"drop_rate": "x"}, "drop_rate"),
+        ({"block": ["plain"]}, "block"),
+        ({"in_chans": -1}, "in_chans"),
+        ({"class_names": ["a"]}, "class_names"),
+        ({"extra": 1}, "fields"),
+    ],
+)
+def test_a_description_that_lies_is_refused(changes, message, randomized, tmp_path):
+    path = tmp_path / "net.safetensors"
+    repvgg.save(small(randomized), path)
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    description = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["repvgg"])
+    metadata = {"repvgg": json.dumps({**description, **changes})}
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(InputError, match=message):
+        repvgg.load(path)
 
 
 def test_the_backbone_begins_with_the_weights_of_a_classification_network(tmp_path, randomized):

@@ -346,7 +346,6 @@ def test_wrong_input_ends_in_one_line(finished, stripes, camvid, tmp_path, capsy
         (("segment", "train", "--output", tmp_path / "run", "--model", "pspnet_x"), "data"),
         (("evaluate", model, "--data", "digits"), "a network that classifies"),
         (("predict", model, image), "a network that classifies"),
-        (("bench", model), "a network that classifies"),
         (("train", "--model", MODEL, "--data", "digits", "--output", tmp_path / "x"), "segment"),
     ):
         assert message in refuse(capsys, *arguments)

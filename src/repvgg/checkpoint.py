@@ -85,7 +85,8 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
     """A network without memory for its weights, from its `config()` or a file's claim of it."""
     fields = {**config}
     architecture = fields.pop("architecture", "repvgg")
-    if architecture not in (known := _architectures()):
+    known = _architectures()
+    if not isinstance(architecture, str) or architecture not in known:
         raise InputError(f"model: architecture one of {[*known]} needed, found {architecture!r}")
     with torch.device("meta"):
         return known[architecture].from_config(fields)

@@ -78,15 +78,16 @@ class Train:
 
 @dataclass(frozen=True)
 class Recipes:
-    """List the recipes of `train`."""
+    """List the recipes of `train` and of `segment train`."""
 
     def run(self) -> None:
         rows = []
-        for name, recipe in RECIPES.items():
-            config = recipe()
-            data = config.data or "--data DIR"
-            rows.append((name, config.model, data, config.epochs, recipe.__doc__))
-        show_table("recipes", ("name", "model", "data", "epochs", "what for"), rows)
+        for command, recipes in (("train", RECIPES), ("segment train", SEGMENT_RECIPES)):
+            for name, recipe in recipes.items():
+                config = recipe()
+                data = config.data or "--data DIR"
+                rows.append((command, name, config.model, data, config.epochs, recipe.__doc__))
+        show_table("recipes", ("command", "name", "model", "data", "epochs", "what for"), rows)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg.blocks import is_plain, plain_name
+from repvgg.blocks import BLOCKS, STAGES, is_plain, plain_name
 from repvgg.errors import InputError
 from repvgg.model import FeatureExtractor, FeatureInfo, RepVGG, block_of, published_weights
 from repvgg.preprocessing import Preprocessing
@@ -66,8 +66,10 @@ class PSPNet(nn.Module):
         _require(type(width) is int and 2 <= width <= 65536, "width", width)
         number = isinstance(drop_rate, int | float) and 0 <= drop_rate < 1
         _require(number, "drop_rate", drop_rate)
+        _require(block in (*BLOCKS, *STAGES), "block", block)
         if preprocessing is None:
             preprocessing = Preprocessing.for_channels(in_chans, IMAGE_SIZE)
+        _require(preprocessing.channels == in_chans, "in_chans", in_chans)
         self.block, self.num_classes, self.in_chans = block, num_classes, in_chans
         self.width, self.drop_rate, self.preprocessing = width, drop_rate, preprocessing
         self.class_names: tuple[str, ...] | None = None
