@@ -265,12 +265,12 @@ def test_the_backbone_begins_with_the_weights_of_a_classification_network(tmp_pa
     spec = "repvgg_small:strides=1-2-2-2-1"
     classifier = randomized(repvgg.create_model(spec, num_classes=10)).eval()
     repvgg.save(classifier, tmp_path / "classifier.safetensors")
-    network = repvgg.create_model("pspnet_repvgg_small", num_classes=5)
+    network: Any = repvgg.create_model("pspnet_repvgg_small", num_classes=5)
     network.load_backbone(tmp_path / "classifier.safetensors")
     theirs = classifier.stages.state_dict()
     assert theirs.keys() == network.stages.state_dict().keys()
     assert all(torch.equal(t, theirs[n]) for n, t in network.stages.state_dict().items())
-    other = repvgg.create_model("pspnet_repvgg_a0:a=0.25,b=0.25")
+    other: Any = repvgg.create_model("pspnet_repvgg_a0:a=0.25,b=0.25")
     with pytest.raises(InputError, match="not these weights"):
         other.load_backbone(tmp_path / "classifier.safetensors")
     with pytest.raises(InputError, match="for a RepVGG, not for resnet50"):

@@ -82,10 +82,10 @@ def camvid() -> SegmentConfig:
     return SegmentConfig(
         model="pspnet_repvgg_small",
         width=64,
-        epochs=60,
+        epochs=52,
         batch_size=8,
         base_batch_size=8,
-        learning_rate=0.02,
+        learning_rate=0.03,
         weight_decay=5e-4,
         head_rate=4.0,
         class_balance=0.5,
