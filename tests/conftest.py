@@ -118,12 +118,22 @@ DATA_FOLDERS = (ROOT / ".data", ROOT.parent / "shared" / "data")
 @pytest.fixture(scope="session")
 def imagenet_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one photograph for each class of ImageNet, in a folder a class."""
+    return _real_data("imagenet_sample", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def camvid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CamVid: train/, val/ and test/, in each images/ and labels/."""
+    return _real_data("camvid", tmp_path_factory)
+
+
+def _real_data(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in DATA_FOLDERS:
-        if (extracted := folder / "imagenet_sample").is_dir():
+        if (extracted := folder / name).is_dir():
             return extracted
-        if (archive := folder / "imagenet_sample.tar").is_file():
+        if (archive := folder / f"{name}.tar").is_file():
             target = tmp_path_factory.mktemp("data")
             with tarfile.open(archive) as tar:
                 tar.extractall(target, filter="data")
-            return target / "imagenet_sample"
-    pytest.skip(f"no imagenet_sample in {' or '.join(map(str, DATA_FOLDERS))}")
+            return target / name
+    pytest.skip(f"no {name} in {' or '.join(map(str, DATA_FOLDERS))}")

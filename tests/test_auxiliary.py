@@ -11,8 +11,8 @@ import repvgg
 from repvgg.errors import InputError
 from repvgg.model import create_model
 from repvgg.spec import LATER_VARIANTS, Spec
-from repvgg.training import setup
 from repvgg.training.auxiliary import Supervised
+from repvgg.training.classification import auxiliary_weight
 from repvgg.training.config import TrainConfig
 from repvgg.training.distributed import World
 from repvgg.training.loop import Run, train
@@ -82,11 +82,11 @@ def test_a_network_without_a_middle_is_refused(spec, classes):
 
 
 def test_the_weight_is_the_models_own_unless_another_is_given():
-    own = {model: setup.auxiliary_weight(TrainConfig(model=model)) for model in LATER_VARIANTS}
+    own = {model: auxiliary_weight(TrainConfig(model=model)) for model in LATER_VARIANTS}
     assert own == {"repvgg_d2se": 0.0, "repvggplus_l2pse": 0.1}
     config = TrainConfig(model="repvggplus_l2pse:depths=1-2-2-2-1", auxiliary_weight=0.0)
-    assert setup.auxiliary_weight(config) == 0
-    assert setup.auxiliary_weight(dataclasses.replace(config, auxiliary_weight=None)) == 0.1
+    assert auxiliary_weight(config) == 0
+    assert auxiliary_weight(dataclasses.replace(config, auxiliary_weight=None)) == 0.1
     with pytest.raises(InputError, match="auxiliary_weight: 0 or more needed, found -1"):
         TrainConfig(auxiliary_weight=-1)
 
@@ -97,7 +97,7 @@ def test_the_loss_by_hand(mixup, tmp_path):
     run = Run(config, tmp_path / "run", HERE)
     images = torch.randint(0, 255, (8, 1, 8, 8), dtype=torch.uint8)
     labels, mix = torch.arange(8), torch.linspace(0.1, 0.9, 8)
-    loss, _ = run._loss(images, labels, mix)
+    loss, _ = run.task.loss(run.model.train(), images, labels, mix)
     x = setup_normalized(run, images)
     share = mix[:, None].double() if mixup else torch.ones(8, 1, dtype=torch.float64)
     if mixup:

@@ -33,6 +33,7 @@ NEEDED = {
     "bench": ["model"],
     "compare": ["resnet18"],
     "reproduce": ["table4"],
+    "segment": ["predict", "model", "image"],
 }
 
 
@@ -103,7 +104,7 @@ def test_help_names_every_command_and_imports_no_torch():
     assert all(command in result.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "segment"])
 def test_every_command_explains_its_flags_and_refuses_unknown_ones(command):
     text = succeed(command, "--help")
     assert f"usage: repvgg {command}" in text

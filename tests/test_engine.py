@@ -190,8 +190,9 @@ def test_half_precision_is_near(tune):
 
 
 def test_weights_beyond_half_precision_are_refused():
-    network = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
-    nn.init.constant_(network[0].weight, 1e5)
+    conv = nn.Conv2d(3, 4, 1)
+    nn.init.constant_(conv.weight, 1e5)
+    network = nn.Sequential(conv).eval()
     engine = repvgg.compile(network, weights="fp16", tune=None)
     with pytest.raises(repvgg.InputError, match="beyond 65504"):
         engine(torch.zeros(1, 3, 8, 8))

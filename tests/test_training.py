@@ -19,13 +19,14 @@ from repvgg.data.images import open_images
 from repvgg.data.pack import Pack
 from repvgg.errors import InputError
 from repvgg.lean import IMPLEMENTATIONS
+from repvgg.training.classification import build_network, open_both_splits
 from repvgg.training.config import Implementation, TrainConfig
 from repvgg.training.distributed import World
 from repvgg.training.evaluation import evaluate, evaluation_loader, with_classes_of
 from repvgg.training.loop import Run, train
 from repvgg.training.optimizer import build_optimizers, schedule, set_rates
 from repvgg.training.recipes import RECIPES, digits
-from repvgg.training.setup import build_network, choose_device, open_both_splits
+from repvgg.training.setup import choose_device
 
 SHORT = dataclasses.replace(digits(), epochs=3, batch_size=256, base_batch_size=256)
 ALONE = World(0, 1, torch.device("cpu"))
@@ -400,7 +401,7 @@ def test_a_compiled_network_trains_as_an_eager_one(tmp_path):
 
 def test_the_plain_network_of_a_trained_one_agrees_on_every_test_image(finished):
     network = repvgg.load(finished / "best.safetensors")
-    plain = repvgg.reparameterize(network)
+    plain = cast(repvgg.RepVGG, repvgg.reparameterize(network))
     loader = evaluation_loader(network, open_images("digits", "test"))
     before, after = evaluate(network, loader), evaluate(plain, loader)
     assert torch.equal(before.predictions, after.predictions)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from repvgg.reparam import Conversion as Conversion
     from repvgg.reparam import convert as convert
     from repvgg.reparam import reparameterize as reparameterize
+    from repvgg.segmentation.pspnet import PSPNet as PSPNet
     from repvgg.spec import Layer as Layer
     from repvgg.spec import Spec as Spec
     from repvgg.spec import list_models as list_models
@@ -41,6 +42,7 @@ _HOME = {
     "model": ("RepVGG", "create_model"),
     "preprocessing": ("Preprocessing",),
     "reparam": ("Conversion", "convert", "reparameterize"),
+    "segmentation.pspnet": ("PSPNet",),
     "spec": ("Layer", "Spec", "list_models"),
     "verification": ("Agreement", "verify"),
 }

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write weights, spec, class names and preprocessing into one safetensors file, atomically.
 
     Args:
-        model: a `RepVGG`, training-time or plain, in any wrapper of torch's.
+        model: a `RepVGG` or `PSPNet`, training-time or plain, in any wrapper of torch's.
         path: what to write; its folder is made if need be.
 
     Raises:
@@ -38,19 +38,21 @@ def save(model: nn.Module, path: str | Path) -> None:
             could not be loaded; or the file cannot be written.
     """
     network = unwrapped(model)
-    if not isinstance(network, RepVGG):
+    architecture = next((k for k, c in _architectures().items() if type(network) is c), None)
+    if architecture is None:
         raise InputError(f"save: a RepVGG is needed, found a {type(network).__name__}")
-    state, by_spec = network.state_dict(), _on_meta(network.config())
+    config = {"architecture": architecture, **cast(RepVGG, network).config()}
+    state, by_spec = network.state_dict(), _on_meta(config)
     _check_tensors(by_spec, state, "the model to save, against its own spec")
     _check_modules(by_spec, network)
     # Copies, since two names for one storage are refused, and since layout is not kept.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    description = json.dumps({"format": FORMAT, **network.config()})
+    description = json.dumps({"format": FORMAT, **config})
     with written_aside(path) as aside:
         save_file(tensors, aside, metadata={METADATA_KEY: description})
 
 
-def _check_modules(by_spec: RepVGG, network: RepVGG) -> None:
+def _check_modules(by_spec: nn.Module, network: nn.Module) -> None:
     """Raise unless a network computes what its spec says, since a file keeps no more than that."""
     needed, found = (dict(model.named_modules()) for model in (by_spec, network))
     for name in [*needed, *(found.keys() - needed.keys())]:
@@ -73,8 +75,11 @@ def _meaning(module: nn.Module | None) -> str:
     return type(module).__name__
 
 
-def load(path: str | Path) -> RepVGG:
+def load(path: str | Path) -> Any:
     """The network in a file of `save`, in eval mode, on the CPU, in the dtype it was saved in.
+
+    Returns:
+        A `RepVGG` or a `PSPNet`.
 
     Raises:
         InputError: no such file; one that is truncated or was not written by `save`; one whose
@@ -95,10 +100,22 @@ def load(path: str | Path) -> RepVGG:
     return network.eval()
 
 
-def _on_meta(config: Mapping[str, Any]) -> RepVGG:
-    """A network without memory for its weights, from `RepVGG.config()` or a file's claim of it."""
+def _architectures() -> dict[str, Any]:
+    """Classes of networks that a file can hold, by the name that it has for them."""
+    from repvgg.segmentation.pspnet import PSPNet  # which imports this module
+
+    return {"repvgg": RepVGG, "pspnet": PSPNet}
+
+
+def _on_meta(config: Mapping[str, Any]) -> Any:
+    """A network without memory for its weights, from its `config()` or a file's claim of it."""
+    fields = {**config}
+    architecture = fields.pop("architecture", "repvgg")
+    known = _architectures()
+    if not isinstance(architecture, str) or architecture not in known:
+        raise InputError(f"model: architecture one of {[*known]} needed, found {architecture!r}")
     with torch.device("meta"):
-        return RepVGG.from_config(config)
+        return known[architecture].from_config(fields)
 
 
 def _description(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
@@ -163,6 +180,11 @@ def load_weights(model: RepVGG, path: str | Path) -> LoadedWeights:
     if loaded.head_note:
         warnings.warn(f"{path}: {loaded.head_note}", stacklevel=2)
     return loaded
+
+
+def load_features(model: RepVGG, path: str | Path) -> LoadedWeights:
+    """`load_weights` for a network without classes: the linear layer of the file is left out."""
+    return _fill(model, path, *to_our_names(read_state_dict(path), path))
 
 
 def network_from_weights(model: str, path: str | Path) -> tuple[RepVGG, LoadedWeights]:

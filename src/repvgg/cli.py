@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -23,6 +24,8 @@ from repvgg.console import say, show_table, warn, with_bar
 from repvgg.data.pack import Pack
 from repvgg.errors import InputError, Interrupted
 from repvgg.reproduce.command import Bench, Compare, Reproduce
+from repvgg.segmentation.command import SegmentTrain, segment_command
+from repvgg.segmentation.config import SEGMENT_RECIPES
 from repvgg.training.config import Device, TrainConfig
 from repvgg.training.recipes import RECIPES
 
@@ -84,15 +87,16 @@ class Train:
 
 @dataclass(frozen=True)
 class Recipes:
-    """List the recipes of `train`."""
+    """List the recipes of `train` and of `segment train`."""
 
     def run(self) -> None:
         rows = []
-        for name, recipe in RECIPES.items():
-            config = recipe()
-            data = config.data or "--data DIR"
-            rows.append((name, config.model, data, config.epochs, recipe.__doc__))
-        show_table("recipes", ("name", "model", "data", "epochs", "what for"), rows)
+        for command, recipes in (("train", RECIPES), ("segment train", SEGMENT_RECIPES)):
+            for name, recipe in recipes.items():
+                config = recipe()
+                data = config.data or "--data DIR"
+                rows.append((command, name, config.model, data, config.epochs, recipe.__doc__))
+        show_table("recipes", ("command", "name", "model", "data", "epochs", "what for"), rows)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Evaluate:
         from repvgg.training.setup import choose_device
 
         _need_positive("batch-size", self.batch_size)
-        network = _load(self.model, self.name).to(choose_device(self.device))
+        network = _classifier(self.model, self.name).to(choose_device(self.device))
         images, note = with_classes_of(network, open_images(self.data, "test"))
         if note:
             warn(note)
@@ -142,7 +146,8 @@ class Convert:
     name: str | None = None
     """Name of the network, for a weight file that does not say it (timm's, the authors')."""
     data: str | None = None
-    """Images to verify on, all of them, see `evaluate`; random ones if not given."""
+    """Images to verify on, all of them, see `evaluate`, or `segment evaluate` for a PSPNet; random
+    ones if not given."""
     max_rel_error: float | None = None
     """Largest error relative to the largest logit; by the precision of the file if not given."""
 
@@ -195,7 +200,7 @@ class Predict:
         if not self.images:
             raise InputError("images: at least one image or folder is needed, found none")
         paths = [path for given in self.images for path in find_images(given)]
-        network = _load(self.model, self.name).to(choose_device(self.device))
+        network = _classifier(self.model, self.name).to(choose_device(self.device))
         errors = []
         for prediction in predict(network, paths, self.top_k):
             if prediction.error:
@@ -218,8 +223,8 @@ class Profile:
     """Of a name: the plain network, or the training-time one."""
     image_size: int | None = None
     """Side in pixels of the image; what the network is meant for if not given."""
-    num_classes: int = 1000
-    """Of a name: outputs of the linear layer."""
+    num_classes: int | None = None
+    """Of a name: outputs of the linear layer; 1000 if not given, 19 of a PSPNet."""
     engine: bool = False
     """What the native engine makes of it: each layer's algorithm, time, share of the processor's
     limit, and the memory that it needs."""
@@ -255,7 +260,7 @@ class Profile:
         show_table(self.model, columns, rows)
         return None
 
-    def _profile_engine(self, network: "RepVGG", size: int) -> None:
+    def _profile_engine(self, network: Any, size: int) -> None:
         from repvgg.engine import compile
         from repvgg.reparam import reparameterize
 
@@ -282,7 +287,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a network, folded, as ONNX or for the native engine, and check what was written."""
+    """Write a network, folded, as ONNX or for the native engine, and check what was written.
+
+    The number of images may vary, and of a PSPNet, and for the engine, their height and width.
+    """
 
     model: ModelFile
     """File of a network, training-time or plain."""
@@ -312,15 +320,16 @@ class Export:
         say(f"{self.output}: equal in {where}, {agreement}")
 
     @staticmethod
-    def _onnx(network: "RepVGG", path: Path, inputs: Any) -> Any:
+    def _onnx(network: Any, path: Path, inputs: Any) -> Any:
         from repvgg.export.onnx import export_onnx, require, run_onnx
+        from repvgg.model import RepVGG
 
         require("onnx", "onnxscript", "onnxruntime")
-        export_onnx(network, path)
+        export_onnx(network, path, dynamic_size=not isinstance(network, RepVGG))
         return run_onnx(path, inputs)
 
     @staticmethod
-    def _engine(network: "RepVGG", path: Path, inputs: Any) -> Any:
+    def _engine(network: Any, path: Path, inputs: Any) -> Any:
         from repvgg.engine import Engine, compile
         from repvgg.reparam import reparameterize
 
@@ -356,6 +365,15 @@ def _load(path: Path, name: str | None) -> "RepVGG":
     return network
 
 
+def _classifier(path: Path, name: str | None) -> "RepVGG":
+    from repvgg.model import RepVGG
+
+    network = _load(path, name)
+    if not isinstance(network, RepVGG):
+        raise InputError(f"{path}: a network that classifies is needed; see `repvgg segment`")
+    return network
+
+
 def _inputs(network: "RepVGG", data: str | None) -> Any:
     """Batches of real images, prepared, or one of random images; in the network's dtype."""
     import torch
@@ -363,13 +381,20 @@ def _inputs(network: "RepVGG", data: str | None) -> Any:
     like = next(network.parameters())
     if data is None:
         size = network.preprocessing.size
-        shape = (8, network.in_chans, size, size)
+        count = max(1, min(8, 8 * 224**2 // size**2))  # a large one says as much as eight small
+        shape = (count, network.in_chans, size, size)
         return [torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)]
     from repvgg.data.images import open_images
     from repvgg.data.transforms import normalize
-    from repvgg.training.evaluation import evaluation_loader
+    from repvgg.model import RepVGG
+    from repvgg.segmentation import evaluation as of_scenes
+    from repvgg.segmentation.data import open_scenes
+    from repvgg.training import evaluation
 
-    loader = evaluation_loader(network, open_images(data, "test"), batch_size=64)
+    if isinstance(network, RepVGG):
+        loader = evaluation.evaluation_loader(network, open_images(data, "test"), batch_size=64)
+    else:
+        loader = of_scenes.evaluation_loader(open_scenes(data, "val"))
 
     def batches() -> Any:
         for batch in with_bar("verifying", loader.epoch(), len(loader)):
@@ -392,25 +417,29 @@ def _need_positive(name: str, value: int) -> None:
         raise InputError(f"{name}: 1 or more needed, found {value}")
 
 
-def _chosen_recipe(arguments: list[str]) -> str:
+def _chosen_recipe(arguments: list[str], recipes: Collection[str], usual: str) -> str:
     """The value of `--recipe`, needed before the parser runs since it sets the other defaults."""
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == "--recipe":
             value = value if equals else "".join(arguments[index + 1 : index + 2])
-            return value if value in RECIPES else Train.recipe
-    return Train.recipe
+            return value if value in recipes else usual
+    return usual
 
 
 def _parser(arguments: list[str]) -> Any:
     """The union of all commands, with the defaults of the chosen recipe in `train`."""
     commands = {name: Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()}
     if arguments[:1] == ["train"]:
-        recipe = _chosen_recipe(arguments)
+        recipe = _chosen_recipe(arguments, RECIPES, Train.recipe)
         commands["train"] = Annotated[
             Train,
             subcommand("train", default=Train(recipe=recipe, config=RECIPES[recipe]())),
         ]
+    recipe = SegmentTrain.recipe
+    if arguments[:2] == ["segment", "train"]:
+        recipe = _chosen_recipe(arguments, SEGMENT_RECIPES, recipe)
+    commands["segment"] = Annotated[segment_command(recipe), subcommand("segment")]
     return Union[tuple(commands.values())]  # noqa: UP007
 
 

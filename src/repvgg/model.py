@@ -194,6 +194,10 @@ class RepVGG(nn.Module, ModelHubMixin, library_name="repvgg", tags=["image-class
         fields["preprocessing"] = Preprocessing.from_dict(fields["preprocessing"])
         return cls(**fields)
 
+    def became_plain(self) -> None:
+        """Called on a converted network: its name for itself."""
+        self.block = plain_name(self.block)
+
     @property
     def feature_info(self) -> FeatureInfo:
         """Channels and stride of the output of each stage."""
@@ -306,7 +310,7 @@ def create_model(
     model: str | Spec,
     *,
     pretrained: bool = False,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     in_chans: int = 3,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
@@ -314,12 +318,14 @@ def create_model(
 ) -> RepVGG | FeatureExtractor:
     """A network by name or spec; its block is the training-time one unless `block` says otherwise.
 
+    A name that begins with `pspnet_` makes a `PSPNet`, and takes its arguments.
+
     Args:
         model: a name of `list_models()`, a name with changed fields (see `spec.parse_spec`), or a
             spec.
         pretrained: fetch timm's published ImageNet weights, or take them from the hub's cache.
             With another number of classes the linear layer stays untrained.
-        num_classes: see `RepVGG`.
+        num_classes: see `RepVGG`; 1000 if not given, 19 of a PSPNet.
         in_chans: see `RepVGG`.
         features_only: give the feature maps of the stages `out_indices` in place of logits.
         out_indices: see `FeatureExtractor`.
@@ -328,25 +334,38 @@ def create_model(
     Raises:
         InputError: an unknown name or argument; no published weights for this network.
     """
+    if out_indices is not None and not features_only:
+        raise InputError("out_indices is only for features_only=True")
+    if isinstance(model, str) and model.startswith("pspnet_"):
+        from repvgg.segmentation.pspnet import create_pspnet  # which imports this module
+
+        return create_pspnet(  # pyright: ignore[reportReturnType] - named so by its caller
+            model,
+            pretrained=pretrained,
+            num_classes=19 if num_classes is None else num_classes,
+            in_chans=in_chans,
+            features_only=features_only,
+            out_indices=out_indices,
+            **options,
+        )
     known = {"drop_rate", "global_pool", "block", "preprocessing", "class_names"}
     if unknown := sorted(set(options) - known):
         raise InputError(f"create_model: unknown arguments {unknown}; {sorted(known)} exist")
-    if out_indices is not None and not features_only:
-        raise InputError("out_indices is only for features_only=True")
     if not isinstance(model, str | Spec):
         raise InputError(f"model={model!r}: a name or a Spec needed")
     spec = parse_spec(model) if isinstance(model, str) else model
     if isinstance(model, str) and options.get("preprocessing") is None:
         size = IMAGE_SIZES.get(model.partition(":")[0], DEFAULT_IMAGE_SIZE)
         options["preprocessing"] = Preprocessing.for_channels(in_chans, size)
-    options["block"] = _block_of(model, options.get("block"))
-    network = RepVGG(spec, num_classes, in_chans, **options)
+    options["block"] = block_of(model, options.get("block"))
+    classes = 1000 if num_classes is None else num_classes
+    network = RepVGG(spec, classes, in_chans, **options)
     if pretrained:
         _load_pretrained(network, model)
     return FeatureExtractor(network, out_indices) if features_only else network
 
 
-def _block_of(model: str | Spec, block: str | None) -> str:
+def block_of(model: str | Spec, block: str | None) -> str:
     """The block that is asked for; where none or "plain" is, the named network's own."""
     name = model.partition(":")[0] if isinstance(model, str) else ""
     trained = NAMED_BLOCKS.get(name, "repvgg")
@@ -358,6 +377,17 @@ def _block_of(model: str | Spec, block: str | None) -> str:
 def _load_pretrained(network: RepVGG, model: str | Spec) -> None:
     from repvgg.checkpoint import load_weights
 
+    load_weights(network, published_weights(model))
+    if network.num_classes == len(imagenet := imagenet_class_names()):
+        network.set_class_names(imagenet)
+
+
+def published_weights(model: str | Spec) -> str:
+    """Path of timm's published ImageNet weights, fetched into the hub's cache if need be.
+
+    Raises:
+        InputError: there are none for this network, or they cannot be fetched.
+    """
     if not isinstance(model, str) or model not in PRETRAINED_HUB_IDS:
         raise InputError(
             f"pretrained: no published weights for {model!r}; "
@@ -365,15 +395,12 @@ def _load_pretrained(network: RepVGG, model: str | Spec) -> None:
         )
     hub_id = PRETRAINED_HUB_IDS[model]
     try:
-        path = hf_hub_download(hub_id, HUB_FILE)
+        return hf_hub_download(hub_id, HUB_FILE)
     except (HfHubHTTPError, OSError) as error:
         raise InputError(
             f"pretrained: {hub_id} is neither in the hub's cache nor can it be fetched "
             f"({str(error).splitlines()[0]})"
         ) from error
-    load_weights(network, path)
-    if network.num_classes == len(imagenet := imagenet_class_names()):
-        network.set_class_names(imagenet)
 
 
 def imagenet_class_names() -> list[str]:

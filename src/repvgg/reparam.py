@@ -8,19 +8,21 @@ a new module; the model that was given is only read.
 import copy
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from repvgg.blocks import plain_name
 from repvgg.branches import MultiBranchBlock
 from repvgg.errors import InputError
 from repvgg.fold import fold_conv_and_norm
-from repvgg.model import RepVGG
 from repvgg.plain import plain_conv
+
+if TYPE_CHECKING:
+    from repvgg.model import RepVGG
+    from repvgg.segmentation.pspnet import PSPNet
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Conversion:
 
 
 @overload
-def reparameterize(model: RepVGG) -> RepVGG: ...
+def reparameterize(model: "RepVGG") -> "RepVGG": ...
+@overload
+def reparameterize(model: "PSPNet") -> "PSPNet": ...
 @overload
 def reparameterize(model: nn.Module) -> nn.Module: ...
 def reparameterize(model: nn.Module) -> nn.Module:
@@ -93,9 +97,9 @@ def convert(model: nn.Module, *, fold_pairs: bool = True) -> Conversion:
         if (inner := _wrapped_module(module)) is not None:
             memo[id(module)] = copy.deepcopy(inner, memo)
     plain = copy.deepcopy(model, memo).eval()
-    for module in plain.modules():
-        if isinstance(module, RepVGG):
-            module.block = plain_name(module.block)
+    for module in list(plain.modules()):
+        if (became_plain := getattr(module, "became_plain", None)) is not None:
+            became_plain()  # networks of this package say what they are
     return Conversion(
         plain,
         blocks=tuple(name for name, module in plain.named_modules() if module in plain_blocks),

@@ -59,7 +59,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Spec:
-    """Depths, widths, groups and strides of a network, stage by stage.
+    """Depths, widths, groups, strides and dilations of a network, stage by stage.
 
     Attributes:
         depths: layers of each stage.
@@ -70,6 +70,8 @@ class Spec:
         strides: stride of the first layer of each stage.
         widths: explicit widths in place of a and b: a number for a whole stage, or one for each
             of its layers. Needed if there are not five stages.
+        dilations: of the 3×3 kernels, for each stage a number or one for each of its layers; all 1
+            if not given. With the strides they make the dilated backbones of Sect. 4.3.
 
     Raises:
         InputError: naming the field.
@@ -81,11 +83,13 @@ class Spec:
     groups: int = 1
     strides: tuple[int, ...] = (2, 2, 2, 2, 2)
     widths: tuple[int | tuple[int, ...], ...] | None = None
+    dilations: tuple[int | tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        for field in ("depths", "strides", "widths"):
+        for field in ("depths", "strides", "widths", "dilations"):
             value = _as_tuple(getattr(self, field))
-            if not isinstance(value, tuple) and (field, value) != ("widths", None):
+            is_optional = field in ("widths", "dilations")
+            if not isinstance(value, tuple) and not (is_optional and value is None):
                 raise InputError(f"{field}: a tuple needed, found {_short(value)}")
             object.__setattr__(self, field, value)
         for depth in self.depths:
@@ -107,21 +111,36 @@ class Spec:
         Raises:
             InputError: `widths` and `depths` disagree, or `a` or `b` is not a usable multiplier.
         """
-        if self.widths is None:
-            widths: tuple[int | tuple[int, ...], ...] = self._scaled_widths()
-        else:
-            widths = self.widths
-        if len(widths) != len(self.depths):
+        return self._of_layers(
+            "widths", self._scaled_widths() if self.widths is None else self.widths
+        )
+
+    def layer_dilations(self) -> tuple[tuple[int, ...], ...]:
+        """Dilation of every layer, stage by stage.
+
+        Raises:
+            InputError: `dilations` and `depths` disagree.
+        """
+        usual = (1,) * len(self.depths)
+        return self._of_layers("dilations", usual if self.dilations is None else self.dilations)
+
+    def _of_layers(
+        self, field: str, values: tuple[int | tuple[int, ...], ...]
+    ) -> tuple[tuple[int, ...], ...]:
+        """A number for every layer, from one for each stage or for each of its layers."""
+        if len(values) != len(self.depths):
             raise InputError(
-                f"widths={widths}: one for each of the {len(self.depths)} stages needed"
+                f"{field}={values}: one for each of the {len(self.depths)} stages needed"
             )
         result = []
-        for stage, (width, depth) in enumerate(zip(widths, self.depths, strict=True), start=1):
-            of_layers = width if isinstance(width, tuple) else (width,) * depth
+        for stage, (of_stage, depth) in enumerate(zip(values, self.depths, strict=True), start=1):
+            of_layers = of_stage if isinstance(of_stage, tuple) else (of_stage,) * depth
             if len(of_layers) != depth:
-                raise InputError(f"widths of stage {stage}: {len(of_layers)} found, {depth} needed")
+                raise InputError(
+                    f"{field} of stage {stage}: {len(of_layers)} found, {depth} needed"
+                )
             for value in of_layers:
-                _check_int(f"widths of stage {stage}", value, 1, MAX_WIDTH)
+                _check_int(f"{field} of stage {stage}", value, 1, MAX_WIDTH)
             result.append(of_layers)
         return tuple(result)
 
@@ -146,14 +165,16 @@ class Spec:
         """
         stages = []
         channels, index = in_chans, 0
-        for widths, first_stride in zip(self.layer_widths(), self.strides, strict=True):
+        for widths, dilations, first_stride in zip(
+            self.layer_widths(), self.layer_dilations(), self.strides, strict=True
+        ):
             stage = []
-            for position, width in enumerate(widths):
+            for position, (width, dilation) in enumerate(zip(widths, dilations, strict=True)):
                 index += 1
                 groups = self.groups if index >= 3 and index % 2 == 1 else 1
                 stride = first_stride if position == 0 else 1
                 try:
-                    stage.append(Layer(channels, width, stride, groups))
+                    stage.append(Layer(channels, width, stride, groups, dilation))
                 except InputError as error:
                     raise InputError(f"layer {index} of the network: {error}") from None
                 channels = width
@@ -221,10 +242,12 @@ NAMED_BLOCKS = {"repvgg_d2se": "squeeze_excite", "repvggplus_l2pse": "post_squee
 # What the loss of each auxiliary head counts in training (training/auxiliary.py), if it has any.
 AUXILIARY_WEIGHTS = {"repvggplus_l2pse": 0.1}
 
-# For small images, which the five stride-2 stages of the paper would reduce to nothing.
+# For small images, which the five stride-2 stages of the paper would reduce to nothing; and a
+# backbone for a small machine, of five stages.
 SMALL_IMAGE_VARIANTS: dict[str, Spec] = {
     "repvgg_digits": Spec((1, 2, 4, 1), strides=(1, 2, 2, 1), widths=(16, 32, 64, 128)),
     "repvgg_cifar": Spec((1, 2, 2, 2), strides=(2, 1, 2, 2), widths=(48, 96, 224, 288)),
+    "repvgg_small": Spec((1, 2, 3, 4, 1), widths=(24, 48, 96, 128, 192)),
 }
 
 # Side in pixels of the square images that a named network is meant for, if it is not 224.
@@ -234,7 +257,10 @@ DEFAULT_IMAGE_SIZE = 224
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` takes, by shell pattern: `list_models("repvgg_b*g4")`."""
-    return fnmatch.filter([*VARIANTS, *LATER_VARIANTS, *SMALL_IMAGE_VARIANTS], pattern)
+    from repvgg.segmentation.dilated import PSPNETS  # which imports this module
+
+    names = [*VARIANTS, *LATER_VARIANTS, *SMALL_IMAGE_VARIANTS, *PSPNETS]
+    return fnmatch.filter(names, pattern)
 
 
 def parse_spec(text: str) -> Spec:
@@ -250,7 +276,8 @@ def parse_spec(text: str) -> Spec:
     name, _, overrides = text.partition(":")
     spec = {**VARIANTS, **LATER_VARIANTS, **SMALL_IMAGE_VARIANTS}.get(name)
     if spec is None:
-        raise InputError(f"model {name!r} is unknown; one of {', '.join(list_models())} needed")
+        known = ", ".join(list_models("repvgg*"))
+        raise InputError(f"model {name!r} is unknown; one of {known} needed")
     fields: dict[str, Any] = {}
     for part in filter(None, overrides.split(",")):
         field, _, value = part.partition("=")

@@ -13,14 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from repvgg.data.ahead import fetched_ahead
-from repvgg.data.images import Images
-from repvgg.data.order import epoch_order, groups_in_order
-from repvgg.data.transforms import Transform
+from repvgg.data.order import Source, epoch_order, groups_in_order
 from repvgg.errors import InputError
 
 # Fewer images than this are decoded faster than worker processes start.
@@ -38,7 +35,7 @@ class Batch:
 
     Attributes:
         images: (N, C, H, W) uint8.
-        labels: (N,) int64.
+        labels: (N,) int64, a class for each image; or (N, H, W) uint8, one for each pixel.
         mix: (N,) fp32, the share that each image keeps when it is mixed with its neighbour.
         broken: images that could not be decoded, and why.
     """
@@ -59,7 +56,7 @@ def derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-Sample = tuple[Tensor, int, float]
+Sample = tuple[Tensor, Tensor, float]
 
 
 class Samples(Dataset[Any]):
@@ -67,8 +64,8 @@ class Samples(Dataset[Any]):
 
     def __init__(
         self,
-        images: Images,
-        transform: Transform,
+        images: Any,
+        transform: Callable[[Any], Any],
         seed: int,
         mixup: float = 0.0,
         alternate_flip: bool = False,
@@ -96,10 +93,12 @@ class Samples(Dataset[Any]):
         if self.mixup:
             share = np.random.default_rng([self.seed, epoch, index]).beta(self.mixup, self.mixup)
         torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
-        image = self.transform(image)
+        changed = self.transform(image)
+        if isinstance(changed, tuple):  # a scene: the image and a label for each of its pixels
+            return *changed, share
         if self.sides is not None and (self.sides[index] + epoch) % 2:
-            image = image.flip(-1)
-        return image, self.images.labels[index], share
+            changed = changed.flip(-1)
+        return changed, torch.tensor(self.images.labels[index], dtype=torch.int64), share
 
 
 class BatchSampler:
@@ -115,7 +114,7 @@ class BatchSampler:
     """
 
     def __init__(
-        self, images: Images, batch_size: int, seed: int | None, rank: int = 0, size: int = 1
+        self, images: Source, batch_size: int, seed: int | None, rank: int = 0, size: int = 1
     ):
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.size = rank, size
@@ -152,7 +151,7 @@ class Loader:
 
     Args:
         images: the source.
-        transform: image → (C, H, W) uint8.
+        transform: image → (C, H, W) uint8; or scene → that and labels (H, W) uint8.
         batch_size: images a batch; in training over all processes, else of each.
         seed: of order and augmentation; None keeps the order of the source and every last image.
         mixup: alpha of the beta distribution of `Batch.mix`; 0 makes it all ones.
@@ -168,8 +167,8 @@ class Loader:
 
     def __init__(
         self,
-        images: Images,
-        transform: Transform,
+        images: Any,
+        transform: Callable[[Any], Any],
         batch_size: int,
         *,
         seed: int | None = None,
@@ -241,16 +240,17 @@ def granted_cores() -> int:
 class Remembered:
     """A decoder that keeps what it has decoded, as long as there is room."""
 
-    def __init__(self, decode: Callable[[int], Image.Image], room: int = REMEMBERED_BYTES):
+    def __init__(self, decode: Callable[[int], Any], room: int = REMEMBERED_BYTES):
         self.decode, self.room = decode, room
-        self.kept: dict[int, Image.Image] = {}
+        self.kept: dict[int, Any] = {}
 
-    def __call__(self, index: int) -> Image.Image:
+    def __call__(self, index: int) -> Any:
         """The image of this index."""
         if (kept := self.kept.get(index)) is not None:
             return kept
         image = self.decode(index)
-        size = 4 * image.width * image.height + 1024  # Pillow's pixels, and all else of an image
+        # Pillow's pixels, and all else of an image; the labels of a scene are a quarter more.
+        size = 4 * image.width * image.height + 1024
         if size <= self.room:
             self.room -= size
             self.kept[index] = image
@@ -266,7 +266,7 @@ def _collate(items: list[Sample | InputError]) -> Batch:
     good = [item for item in items if not isinstance(item, InputError)]
     return Batch(
         images=torch.stack([image for image, _, _ in good]) if good else torch.empty(0),
-        labels=torch.tensor([label for _, label, _ in good], dtype=torch.int64),
+        labels=torch.stack([label for _, label, _ in good]) if good else torch.empty(0),
         mix=torch.tensor([share for _, _, share in good], dtype=torch.float32),
         broken=tuple(str(item) for item in items if isinstance(item, InputError)),
     )

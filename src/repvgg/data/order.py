@@ -1,16 +1,36 @@
 """The order in which the images of a pass are seen: a pure function of (source, seed, epoch)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-
-from repvgg.data.images import Images
 
 # Shards whose images are mixed with one another; so many must be at hand at a time.
 WINDOW = 8
 
 
-def epoch_order(images: Images, seed: int, epoch: int) -> list[int]:
+class Source(Protocol):
+    """What a loader needs of its images: `Images` is one, `Scenes` another."""
+
+    @property
+    def decode(self) -> Callable[[int], Any]:
+        """Index → what the transform takes, with a `width` and `height`."""
+        ...
+
+    @property
+    def groups(self) -> tuple[range, ...]:
+        """See `Images.groups`."""
+        ...
+
+    @property
+    def fetch(self) -> Callable[[int], object] | None:
+        """See `Images.fetch`."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+def epoch_order(images: Source, seed: int, epoch: int) -> list[int]:
     """The index of every image once, shuffled.
 
     A source whose images are all at hand is shuffled as a whole. One with `groups`, of which each
@@ -37,7 +57,7 @@ def epoch_order(images: Images, seed: int, epoch: int) -> list[int]:
     ]
 
 
-def groups_in_order(images: Images, order: Sequence[int]) -> list[int]:
+def groups_in_order(images: Source, order: Sequence[int]) -> list[int]:
     """Numbers of the groups that hold the images of an order, those first that are needed first."""
     starts = [group.start for group in images.groups]
     needed, places = np.unique(np.searchsorted(starts, order, side="right") - 1, return_index=True)

@@ -15,6 +15,7 @@ from repvgg.errors import InputError
 from repvgg.files import existing_file, written_aside
 from repvgg.model import RepVGG
 from repvgg.reparam import convert
+from repvgg.segmentation.pspnet import PSPNet
 from repvgg.verification import at_inference
 
 
@@ -30,7 +31,13 @@ def require(*modules: str) -> None:
         )
 
 
-def export_onnx(model: nn.Module, path: str | Path, image: Tensor | None = None) -> None:
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    image: Tensor | None = None,
+    *,
+    dynamic_size: bool = False,
+) -> None:
     """Write a model as ONNX: input `images` (N, C, H, W), output `logits`; N may vary.
 
     Multi-branch blocks are folded first. The weights are in the file itself, which is written
@@ -39,7 +46,8 @@ def export_onnx(model: nn.Module, path: str | Path, image: Tensor | None = None)
     Args:
         model: any module that takes one tensor.
         path: the `.onnx` file to write.
-        image: (1, C, H, W), an example; by default what a `RepVGG` is prepared for.
+        image: (1, C, H, W), an example; by default what a network of this package is prepared for.
+        dynamic_size: whether H and W may vary too, as a `PSPNet` can take them.
 
     Raises:
         InputError: onnx is not installed, blocks that cannot be folded, no example.
@@ -50,12 +58,15 @@ def export_onnx(model: nn.Module, path: str | Path, image: Tensor | None = None)
         warnings.warn(f"exported with {conversion}", stacklevel=2)
     plain = conversion.model
     if image is None:
-        if not isinstance(plain, RepVGG):
+        if not isinstance(plain, RepVGG | PSPNet):
             raise InputError("export_onnx: `image`, an example (1, C, H, W), is needed")
         size = plain.preprocessing.size
         image = next(plain.parameters()).new_zeros(1, plain.in_chans, size, size)
     # Two images, since the exporter takes an extent of 1 to be fixed.
     example = image.expand(2, *image.shape[1:]).contiguous()
+    dynamic = {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        dynamic |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     with written_aside(path) as aside, at_inference(plain), _quiet():
         torch.onnx.export(
             plain,
@@ -66,7 +77,7 @@ def export_onnx(model: nn.Module, path: str | Path, image: Tensor | None = None)
             external_data=False,
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=(dynamic,),
         )
 
 

@@ -16,6 +16,7 @@ from repvgg.protocol import Protocol, Runtime
 from repvgg.reparam import reparameterize
 from repvgg.reproduce.report import Report
 from repvgg.runtimes import Runner, as_onnx, installed_runtimes, needs_onnx, prepare
+from repvgg.segmentation.pspnet import PSPNet
 from repvgg.timing import Times, time_in_turn
 from repvgg.verification import compare_outputs
 
@@ -23,7 +24,7 @@ COLUMNS = ("network", "runtime", "batch", "ms", "±", "images/s", "relative erro
 
 
 def bench(
-    network: RepVGG, protocol: Protocol, batches: Sequence[int], *, compiled: bool = False
+    network: RepVGG | PSPNet, protocol: Protocol, batches: Sequence[int], *, compiled: bool = False
 ) -> Report:
     """Time the network as it is and folded, on all installed runtimes, in turn at each batch.
 
@@ -61,7 +62,7 @@ def bench(
     return Report(title, COLUMNS, tuple(rows), _findings(rows))
 
 
-def _images(network: RepVGG, batch: int) -> Tensor:
+def _images(network: RepVGG | PSPNet, batch: int) -> Tensor:
     size = network.preprocessing.size
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, network.in_chans, size, size, generator=generator)

@@ -8,7 +8,7 @@ from pathlib import Path
 from repvgg.errors import InputError
 from repvgg.files import written_aside
 from repvgg.protocol import Protocol
-from repvgg.reproduce import table1, tables
+from repvgg.reproduce import table1, table8, tables
 from repvgg.reproduce.printed import TABLE4, TABLE5
 from repvgg.reproduce.report import Report
 from repvgg.speed import Record, Speed
@@ -69,9 +69,14 @@ def _of_table1(speeds: list[Speed], protocol: Protocol) -> Iterator[Report]:
     yield table1.report(speeds, shape, f"Table 1 ({protocol.title})")
 
 
+def _of_table8(speeds: list[Speed], protocol: Protocol) -> Iterator[Report]:
+    yield table8.report(speeds, f"Table 8 ({protocol.title})")
+
+
 FIGURE3 = "Fig. 3: peak memory of activations"
 
 MAKERS: dict[str, Callable[[list[Speed], Protocol], Iterator[Report]]] = {
     "speeds": _of_speeds,
     "table1": _of_table1,
+    "table8": _of_table8,
 }

@@ -1,1 +1,1 @@
-"""Training and evaluation of classification networks (paper, Sect. 4.1)."""
+"""Training: one loop for every task; classification, its task and evaluation (Sect. 4.1)."""

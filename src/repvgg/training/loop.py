@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -21,17 +20,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from repvgg.checkpoint import save
 from repvgg.console import progress_bar, say, warn
 from repvgg.data.loader import Batch, derived_seed
-from repvgg.data.transforms import normalize
 from repvgg.errors import InputError, Interrupted
-from repvgg.model import RepVGG
 from repvgg.reparam import reparameterize
 from repvgg.training import setup
 from repvgg.training.auxiliary import Supervised
-from repvgg.training.config import TrainConfig
+from repvgg.training.classification import Classification
+from repvgg.training.config import RunConfig
 from repvgg.training.distributed import World, joined
-from repvgg.training.evaluation import evaluate
 from repvgg.training.optimizer import build_optimizers, schedule, set_rates
-from repvgg.training.run_folder import RunFolder
+from repvgg.training.run_folder import RunFolder, in_words
+from repvgg.training.task import TaskFactory
 
 # One image in so many may be broken before the run stops.
 BROKEN_ALLOWED_IN = 1000
@@ -39,7 +37,13 @@ BROKEN_ALLOWED_IN = 1000
 STEPS_BETWEEN_CHECKS = 20
 
 
-def train(config: TrainConfig, output: Path, *, restart: bool = False) -> RunFolder:
+def train(
+    config: RunConfig,
+    output: Path,
+    *,
+    restart: bool = False,
+    task: TaskFactory = Classification,
+) -> RunFolder:
     """Train a network, or go on where an earlier call with the same config stopped.
 
     In each process that `torchrun` starts, this trains its part.
@@ -48,6 +52,7 @@ def train(config: TrainConfig, output: Path, *, restart: bool = False) -> RunFol
         config: of the run.
         output: its folder, see `RunFolder`.
         restart: begin anew.
+        task: makes what is trained of a config of its kind.
 
     Raises:
         InputError: data or config that cannot be used, too many broken images, a loss that is no
@@ -55,28 +60,34 @@ def train(config: TrainConfig, output: Path, *, restart: bool = False) -> RunFol
         Interrupted: SIGINT or SIGTERM came; the state of that step is kept.
     """
     with joined(setup.choose_device(config.device)) as world:
-        return Run(config, output, world, restart=restart).finish()
+        return Run(config, output, world, restart=restart, task=task).finish()
 
 
 class Run:
     """A run: network, optimizer, data and history, after some step of some epoch.
 
     Attributes:
-        network: without what it trains with.
-        trained: the network, or in its auxiliary heads.
+        network: what is tested and kept.
+        trained: the network, perhaps in what it trains with alone.
         epoch, step: the step that comes next; epochs count from 1, steps of an epoch from 0.
-        sums: (3,) of this epoch so far, in this process: loss, right first classes, images.
+        sums: (3,) of this epoch so far, in this process: loss, right answers, images.
     """
 
-    def __init__(self, config: TrainConfig, output: Path, world: World, *, restart: bool = False):
+    def __init__(
+        self,
+        config: RunConfig,
+        output: Path,
+        world: World,
+        *,
+        restart: bool = False,
+        task: TaskFactory = Classification,
+    ):
         self.config, self.world = config, world
-        train_images, test_images = setup.open_both_splits(config.data)
-        self.images = len(train_images)
-        self.network = network = setup.build_network(config, train_images)
-        self.trained = setup.with_heads(network, config)
-        self.auxiliary_weight = setup.auxiliary_weight(config)
-        setup.on_device(self.trained, config, world)
-        self.optimizers = build_optimizers(self.trained, config)
+        self.task = task(config, world)
+        self.images, self.loader = self.task.images, self.task.loader
+        self.network = network = self.task.network
+        self.trained = self.task.trained
+        self.optimizers = build_optimizers(self.trained, config, self.task.faster, self.task.factor)
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             world.device.type, enabled=config.precision == "fp16"
         )
@@ -84,8 +95,6 @@ class Run:
         if config.ema_decay:
             average = get_ema_multi_avg_fn(config.ema_decay)
             self.average = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-        self.loader = setup.training_loader(config, network, train_images, world)
-        self.test_loader = setup.test_loader(config, network, test_images, world)
         self.history: list[dict[str, float]] = []
         self.epoch, self.step = 1, 0
         dtype = next(network.parameters()).dtype
@@ -98,9 +107,9 @@ class Run:
         self.model = setup.for_steps(self.trained, config, world)
 
     @property
-    def result(self) -> RepVGG:
+    def result(self) -> Any:
         """The network that is tested and kept: the moving average, if there is one."""
-        return self.network if self.average is None else cast(RepVGG, self.average.module)
+        return self.network if self.average is None else self.average.module
 
     def finish(self) -> RunFolder:
         """Train to the last epoch."""
@@ -163,7 +172,7 @@ class Run:
             yield show
 
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One step of the optimizer: this process's mean loss, and its right first classes."""
+        """One step of the optimizer: this process's mean loss, and its right answers."""
         torch.manual_seed(  # for dropout
             derived_seed(self.config.seed, self.epoch, self.step, self.world.rank)
         )
@@ -178,7 +187,7 @@ class Run:
         for number, (images, labels, mix) in enumerate(parts, start=1):
             share = len(labels) / len(batch.labels)
             with self._gradients_kept_here(number < len(parts)):
-                loss, right = self._loss(images, labels, mix)
+                loss, right = self.task.loss(self.model, images, labels, mix)
                 self.scaler.scale(loss * share).backward()
             losses.append(loss.detach() * share)
             hits.append(right)
@@ -195,46 +204,15 @@ class Run:
             return self.model.no_sync()
         return nullcontext()
 
-    def _loss(self, images: Tensor, labels: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss of a part, and how many first classes are right (of the greater share)."""
-        config = self.config
-        x = normalize(images, self.network.preprocessing, channels_last=config.channels_last)
-        x = x.to(next(self.network.parameters()).dtype)
-        if config.mixup:
-            x = torch.lerp(x.roll(1, 0), x, mix.to(x.dtype)[:, None, None, None])
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.precision)
-        with torch.autocast(x.device.type, half, enabled=half is not None):
-            outputs = self.model(x)
-        outputs = outputs.float() if half else outputs
-        logits, *auxiliary = outputs if isinstance(self.trained, Supervised) else (outputs,)
-        mix = mix.to(logits.dtype)
-        loss = self._cross_entropy(logits, labels, mix)
-        for of_head in auxiliary:
-            loss = loss + self.auxiliary_weight * self._cross_entropy(of_head, labels, mix)
-        if config.mixup:
-            labels = torch.where(mix >= 0.5, labels, labels.roll(1, 0))
-        return loss, (logits.argmax(1) == labels).sum().to(loss.dtype)
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, mix: Tensor) -> Tensor:
-        """Mean over the images, of both labels of each where they are mixed."""
-        smoothing = self.config.label_smoothing
-        loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        if self.config.mixup:
-            other = labels.roll(1, 0)
-            of_other = F.cross_entropy(logits, other, reduction="none", label_smoothing=smoothing)
-            loss = torch.lerp(of_other, loss, mix)
-        return loss.mean()
-
     def _end_epoch(self) -> None:
         """Test, and write what the end of an epoch leaves."""
-        test = evaluate(_to_be_run(self.result), self.test_loader, world=self.world)
+        test = self.task.test(_to_be_run(self.result))
         loss, right, images = self.world.sum(*self.sums.tolist())
         row = {
             "epoch": self.epoch,
             "train_loss": round(loss / images, 6),
-            "train_top1": round(right / images, 6),
-            "test_loss": round(test.loss, 6),
-            "test_top1": round(test.top1, 6),
+            f"train_{self.task.hits}": round(right / images, 6),
+            **{f"test_{name}": round(value, 6) for name, value in test.items()},
             "images_per_second": round(self.images_per_second, 1),
             "seconds": round(self._elapsed(), 2),
         }
@@ -247,14 +225,14 @@ class Run:
 
     def _publish(self, row: dict[str, float]) -> None:
         """Show the row of an epoch, and write the models and the history."""
+        tests = [in_words(name, value) for name, value in row.items() if name.startswith("test_")]
         say(
             f"epoch {row['epoch']}/{self.config.epochs}: loss {row['train_loss']:.4f}, "
-            f"test loss {row['test_loss']:.4f}, test top-1 {100 * row['test_top1']:.2f} %, "
-            f"{row['images_per_second']:.0f} images/s"
+            f"{', '.join(tests)}, {row['images_per_second']:.0f} images/s"
         )
         save(self.result, self.folder.last)
-        tops = [row["test_top1"] for row in self.history]
-        if tops[-1] == max(tops) or not self.folder.best.exists():
+        scores = [row[f"test_{self.task.score}"] for row in self.history]
+        if scores[-1] == max(scores) or not self.folder.best.exists():
             save(self.result, self.folder.best)
         self.folder.write_history(self.history)
         self.folder.log(row)
@@ -335,7 +313,7 @@ class Run:
             return
         if (found := state["images"]) != self.images or state["classes"] != self._classes():
             raise InputError(
-                f"{self.config.data}: the run was begun with {found} images of "
+                f"{self.folder.path}: the run was begun with {found} images of "
                 f"{len(state['classes'])} classes, found {self.images} of {len(self._classes())}"
             )
         self.network.load_state_dict(state["network"])
@@ -355,7 +333,7 @@ class Run:
         return list(self.network.class_names or ())
 
 
-def _to_be_run(network: RepVGG) -> RepVGG:
+def _to_be_run(network: Any) -> Any:
     """The network folded, which is faster; itself if it cannot be (a row of Table 7)."""
     try:
         return reparameterize(network)

@@ -1,7 +1,7 @@
 """Stochastic gradient descent and its schedule, as in the paper (Sect. 4.1), and what we added."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
-from repvgg.training.config import TrainConfig
+from repvgg.training.config import RunConfig
 from repvgg.training.muon import Muon
 
+# Of the schedule "poly" (Sect. 4.3, as in the official PSPNet).
+POLY_POWER = 0.9
 
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+
+def build_optimizers(
+    model: nn.Module, config: RunConfig, faster: Sequence[nn.Module] = (), factor: float = 1.0
+) -> list[Optimizer]:
     """SGD with momentum; weight decay on the kernels of conv and linear layers only.
 
     With `optimizer="muon"` a second one takes the kernels of the convolutions. Parameters that need
     no gradient are left out. Each group has its highest rate as "initial_lr", see `set_rates`.
+
+    Args:
+        model: whose parameters are trained.
+        config: of the run.
+        faster: parts of the model that learn at `factor` times the rate of SGD.
+        factor: see `faster`.
     """
     modules = list(model.modules())
     convs = [m for m in modules if isinstance(m, _ConvNd) and m.weight.requires_grad]
@@ -31,11 +42,19 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     elsewhere = {id(p) for p in (*decayed, *shifts, *(conv.weight for conv in convs))}
     others = [p for p in model.parameters() if id(p) not in elsewhere]
     rate = config.scaled_learning_rate
-    groups = [
-        _group(decayed, rate, weight_decay=config.weight_decay),
-        _group(others, rate),
-        _group(shifts, rate * config.bias_rate),
-    ]
+    fast = {id(p) for part in faster for p in part.parameters()}
+    groups = []
+    for is_fast in (False, True) if fast else (False,):
+        highest = rate * (factor if is_fast else 1)
+        of_kind = [
+            [p for p in kind if p is not None and (id(p) in fast) == is_fast]
+            for kind in (decayed, others, shifts)
+        ]
+        groups += [
+            _group(of_kind[0], highest, weight_decay=config.weight_decay),
+            _group(of_kind[1], highest),
+            _group(of_kind[2], highest * config.bias_rate),
+        ]
     optimizers: list[Optimizer] = [
         torch.optim.SGD(
             [group for group in groups if group["params"]],
@@ -65,16 +84,16 @@ def set_rates(optimizers: Iterable[Optimizer], share: float) -> None:
             group["lr"] = share * group["initial_lr"]
 
 
-def schedule(config: TrainConfig, epochs_done: float) -> float:
+def schedule(config: RunConfig, epochs_done: float) -> float:
     """The share of its highest rate that a step has after so many epochs, whole ones and parts.
 
-    It rises in proportion over the warm-up, and falls to 0 over the rest, linearly or along half a
-    cosine.
+    It rises in proportion over the warm-up, and falls to 0 over the rest: linearly, along half a
+    cosine, or in proportion to a power of what is still to be done.
     """
     if epochs_done < config.warmup_epochs:
         return epochs_done / config.warmup_epochs
     falling = max(config.epochs - config.warmup_epochs, 1e-12)
     progress = min(1.0, (epochs_done - config.warmup_epochs) / falling)
-    if config.schedule == "linear":
-        return 1 - progress
+    if config.schedule != "cosine":
+        return (1 - progress) ** (POLY_POWER if config.schedule == "poly" else 1)
     return (1 + math.cos(math.pi * progress)) / 2

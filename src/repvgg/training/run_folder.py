@@ -16,18 +16,18 @@ import torch
 from repvgg.console import warn
 from repvgg.errors import InputError
 from repvgg.files import written_aside
-from repvgg.training.config import TrainConfig, changed_fields
+from repvgg.training.config import RunConfig, changed_fields
 
 NAMES = ("config.json", "history.csv", "history.png", "last.safetensors", "best.safetensors")
 
 
-def write_config(folder: Path, config: TrainConfig) -> None:
+def write_config(folder: Path, config: RunConfig) -> None:
     """Say in a folder what was run there."""
     with written_aside(folder / "config.json") as aside:
         aside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def require_same_config(folder: Path, config: TrainConfig) -> None:
+def require_same_config(folder: Path, config: RunConfig) -> None:
     """Raise if what was run in a folder had another config.
 
     Raises:
@@ -59,7 +59,7 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, config: TrainConfig, *, restart: bool = False, writes: bool = True
+        self, path: Path, config: RunConfig, *, restart: bool = False, writes: bool = True
     ):
         self.path, self._kept, self._writes = path, config.kept_checkpoints, writes
         self.last, self.best = path / "last.safetensors", path / "best.safetensors"
@@ -133,20 +133,35 @@ class RunFolder:
             return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
     def draw_history(self, rows: list[dict[str, float]]) -> None:
-        """Loss and top-1 error against the epoch, training and test."""
+        """Loss and shares of right answers against the epoch, training and test."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         epochs = [row["epoch"] for row in rows]
-        for axes, metric, unit in zip(
-            figure.subplots(1, 2), ("loss", "top1"), ("loss (nats)", "top-1 (%)"), strict=True
-        ):
-            for split in ("train", "test"):
-                values = [row[f"{split}_{metric}"] for row in rows]
-                scaled = [100 * value for value in values] if metric == "top1" else values
-                axes.plot(epochs, scaled, marker=".", label=split)
+        axes_of_loss, axes_of_shares = figure.subplots(1, 2)
+        for name in (name for name in rows[0] if name.startswith(("train_", "test_"))):
+            axes = axes_of_loss if name.endswith("_loss") else axes_of_shares
+            scale = 1 if name.endswith("_loss") else 100
+            values = [scale * row[name] for row in rows]
+            axes.plot(epochs, values, marker=".", label=_label(name))
+        for axes, unit in ((axes_of_loss, "loss (nats)"), (axes_of_shares, "%")):
             axes.set(xlabel="epoch", ylabel=unit)
             axes.grid(alpha=0.3)
             axes.legend()
         with written_aside(self.path / "history.png") as aside:
             figure.savefig(aside, dpi=120)
+
+
+WORDS = {"loss": "loss", "top1": "top-1", "miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+
+
+def _label(name: str) -> str:
+    """`test_top1` as "test top-1"."""
+    split, _, metric = name.partition("_")
+    return f"{split} {WORDS[metric]}"
+
+
+def in_words(name: str, value: float) -> str:
+    """A figure of the history: a loss as it is, a share of right answers in %."""
+    figure = f"{value:.4f}" if name.endswith("_loss") else f"{100 * value:.2f} %"
+    return f"{_label(name)} {figure}"

@@ -1,31 +1,22 @@
-"""What a config turns into before the first step: device, network, loaders."""
+"""Where and how a network trains: device, layout, batch norms, wrappers."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from repvgg.checkpoint import load_weights
-from repvgg.data.images import Images, open_images
-from repvgg.data.loader import Loader, derived_seed
-from repvgg.data.shards import is_packed
-from repvgg.data.transforms import training_transform
 from repvgg.errors import InputError
 from repvgg.lean import use_implementation
-from repvgg.model import RepVGG, create_model
-from repvgg.preprocessing import Preprocessing
-from repvgg.spec import AUXILIARY_WEIGHTS
 from repvgg.training.auxiliary import Supervised
-from repvgg.training.config import TrainConfig
+from repvgg.training.config import RunConfig
 from repvgg.training.distributed import World, synchronized
-from repvgg.training.evaluation import evaluation_loader
-from repvgg.training.whitening import whiten_stem
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def choose_device(name: str) -> torch.device:
@@ -42,100 +33,8 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_both_splits(data: str) -> tuple[Images, Images]:
-    """The images to train on and those to test on.
-
-    Raises:
-        InputError: a source that cannot be used, other classes in one split than in the other, or
-            one class alone.
-    """
-    if not data:
-        raise InputError("data: a folder of images is needed, found none given")
-    folder = Path(data)
-    if folder.is_dir() and not is_packed(folder) and not (folder / "train").is_dir():
-        # Else the same images would train and test it.
-        raise InputError(
-            f"{data}: train/ and val/ are needed in it, each with a folder a class; found no train/"
-        )
-    train, test = open_images(data, "train"), open_images(data, "test")
-    if train.class_names != test.class_names:
-        different = sorted(set(train.class_names) ^ set(test.class_names))
-        raise InputError(
-            f"{data}: the same classes to train and to test on are needed, found "
-            f"{', '.join(different[:5])} in one alone"
-        )
-    if len(train.class_names) < 2:
-        raise InputError(
-            f"{data}: 2 classes or more are needed, found {', '.join(train.class_names)} alone"
-        )
-    return train, test
-
-
-def build_network(config: TrainConfig, images: Images) -> RepVGG:
-    """The network of a config for these images, before the first step.
-
-    Its weights depend on the seed alone, and with `whiten_stem` on the images, or are those of
-    `pretrained`.
-
-    Raises:
-        InputError: an unknown network, or weights that are not its.
-    """
-    torch.manual_seed(derived_seed(config.seed))
-    preprocessing = None
-    if config.image_size is not None:
-        preprocessing = Preprocessing.for_channels(images.channels, config.image_size)
-    network = create_model(
-        config.model,
-        block=config.block or None,
-        pretrained=config.pretrained == "hub",
-        num_classes=len(images.class_names),
-        in_chans=images.channels,
-        preprocessing=preprocessing,
-    )
-    if config.pretrained not in ("", "hub"):
-        load_weights(network, config.pretrained)
-    network.set_class_names(images.class_names)
-    if config.whiten_stem:
-        whiten_stem(network, images)
-    return network
-
-
-def auxiliary_weight(config: TrainConfig) -> float:
-    """What the loss of each auxiliary head counts; 0 where there is none."""
-    if config.auxiliary_weight is not None:
-        return config.auxiliary_weight
-    return AUXILIARY_WEIGHTS.get(config.model.partition(":")[0], 0.0)
-
-
-def with_heads(network: RepVGG, config: TrainConfig) -> RepVGG | Supervised:
-    """What is trained: the network, in its auxiliary heads if the config has any."""
-    return Supervised(network) if auxiliary_weight(config) else network
-
-
-def training_loader(config: TrainConfig, network: RepVGG, images: Images, world: World) -> Loader:
-    """This process's part of the batches of a config."""
-    return Loader(
-        images,
-        training_transform(network.preprocessing, config.augmentation),
-        config.batch_size,
-        seed=config.seed,
-        mixup=config.mixup,
-        alternate_flip=config.augmentation == "shift-alternate-flip",
-        workers=config.workers,
-        pin_memory=world.device.type == "cuda",
-        rank=world.rank,
-        size=world.size,
-    )
-
-
-def test_loader(config: TrainConfig, network: RepVGG, images: Images, world: World) -> Loader:
-    """This process's part of the images to test on."""
-    batch_size = -(-config.batch_size // world.size)
-    return evaluation_loader(network, images, batch_size, config.workers, world)
-
-
-def on_device(model: nn.Module, config: TrainConfig, world: World) -> None:
-    """Move a model to where it trains, in the layout and with the batch norms of the config.
+def on_device(network: Network, config: RunConfig, world: World) -> Network:
+    """Move a network to where it trains, in the layout and with the batch norms of the config.
 
     Raises:
         InputError: a batch that the processes cannot share evenly.
@@ -145,16 +44,22 @@ def on_device(model: nn.Module, config: TrainConfig, world: World) -> None:
             f"batch_size: a multiple of {world.size} processes × accumulate {config.accumulate} "
             f"needed, found {config.batch_size}"
         )
-    model.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
+    network.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    use_implementation(model, config.implementation)
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    use_implementation(network, config.implementation)
     if config.sync_bn and world.size > 1:
-        synchronized(model, world.device)
+        synchronized(network, world.device)
+    return network
 
 
-def for_steps(model: RepVGG | Supervised, config: TrainConfig, world: World) -> nn.Module:
-    """What the steps of the optimizer run: the model, wrapped as the config and world need."""
+def for_steps(model: Any, config: RunConfig, world: World) -> nn.Module:
+    """What the steps of the optimizer run: the model, wrapped as the config and world need.
+
+    Args:
+        model: with `stages`, each of which can be recomputed by itself; or in auxiliary heads.
+        config, world: of the run.
+    """
     if config.gradient_checkpointing:
         parts = model.parts if isinstance(model, Supervised) else model.stages
         for part in cast(Iterable[nn.Module], parts):
