@@ -54,13 +54,14 @@ class Scenes:
         names: what to call each scene in a message: the path of its image.
         class_names: in the order of the labels.
         decode: index → scene; it travels to worker processes.
-        groups: none, see `Images.groups`.
+        groups, fetch: none, see `Images`.
     """
 
     names: Sequence[str]
     class_names: tuple[str, ...]
     decode: Callable[[int], Scene]
     groups: tuple[range, ...] = ()
+    fetch: None = None
 
     def __len__(self) -> int:
         return len(self.names)
