@@ -87,32 +87,42 @@ void product(const Product& task) {
   }
 }
 
+// Sums of this many products are made in the registers and then added up: the error of a sum grows
+// with its length, and the inverse transform of a large tile amplifies it.
+constexpr int kChain = 48;
+
 template <int Rows, int Vectors, class Weight>
 void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight* b, float* c) {
-  vec sum[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-    for (int j = 0; j < Vectors; ++j) sum[r][j] = vec{};
-  }
   const float* row[Rows];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) row[r] = a + r * a_row;
-  for (int k = 0; k < depth; ++k, b += Vectors * W) {
-    vec w[Vectors];
-    fetch_ahead<Vectors * W>(b);
-#pragma GCC unroll 16
-    for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
+  for (int begin = 0; begin < depth; begin += kChain) {
+    vec sum[Rows][Vectors];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) sum[r][j] += row[r][k] * w[j];
+      for (int j = 0; j < Vectors; ++j) sum[r][j] = vec{};
     }
-  }
+    const int end = depth - begin < kChain ? depth : begin + kChain;
+    for (int k = begin; k < end; ++k, b += Vectors * W) {
+      vec w[Vectors];
+      fetch_ahead<Vectors * W>(b);
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
+      for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
 #pragma GCC unroll 16
-    for (int j = 0; j < Vectors; ++j) store(c + (r * Vectors + j) * W, sum[r][j]);
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; ++j) sum[r][j] += row[r][k] * w[j];
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+      for (int j = 0; j < Vectors; ++j) {
+        float* to = c + (r * Vectors + j) * W;
+        store(to, begin ? load(to) + sum[r][j] : sum[r][j]);
+      }
+    }
   }
 }
 
