@@ -28,7 +28,7 @@ from repvgg.console import say, show_table
 from repvgg.files import written_aside
 from repvgg.machine import machine_facts
 from repvgg.protocol import Protocol, Runtime
-from repvgg.runtimes import Runner, as_onnx, installed_runtimes, needs_onnx, prepare
+from repvgg.runtimes import as_onnx, installed_runtimes, needs_onnx, prepare
 from repvgg.timing import Times
 from repvgg.verification import compare_outputs
 
@@ -88,7 +88,9 @@ def work(pipe: Any, case: Row, name: Runtime, isa: str | None, onnx: Path) -> No
     before = resident_megabytes()
     if name == "native":
         engine = repvgg.compile(network, threads=case["threads"], isa=isa)
-        run: Runner = lambda: engine(images)  # noqa: E731
+
+        def run() -> torch.Tensor:
+            return engine(images)
     else:
         protocol = Protocol(
             runtime=name, batch=case["batch"], threads=case["threads"], device="cpu"

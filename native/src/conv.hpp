@@ -23,9 +23,6 @@ struct Error : std::runtime_error {
 // Zeros around each image, in pixels.
 struct Border {
   int top = 0, bottom = 0, left = 0, right = 0;
-  bool covers(const Border& other) const {
-    return top >= other.top && bottom >= other.bottom && left >= other.left && right >= other.right;
-  }
   bool operator==(const Border&) const = default;
 };
 
@@ -65,11 +62,7 @@ struct Algorithm {
   Order order = Order::blocks;
 
   bool winograd() const { return rows != 0; }
-  bool same_weights(const Algorithm& other) const {
-    return rows == other.rows && columns == other.columns && vectors == other.vectors &&
-           (order == Order::points) == (other.order == Order::points);
-  }
-  std::string name() const;
+  std::string name() const;  // of the tile
   bool operator==(const Algorithm&) const = default;
 };
 

@@ -171,45 +171,41 @@ void run_points(int vectors, const PointProducts& task) {
   }
 }
 
-template <class S>
-void transform_input(const Lines& lines) {
+// Every line: read In numbers, make Out of them, and give them to `finish` with their place.
+template <int In, int Out, class Make, class Finish>
+[[gnu::always_inline]] inline void each_line(const Lines& lines, const Make& make,
+                                             const Finish& finish) {
   for (int l = 0; l < lines.count; ++l) {
     const float* src = lines.src + l * lines.next;
-    float* dst = lines.dst + l * lines.dst_next;
-    vec d[S::kInputs], t[S::kProducts];
+    vec in[In], out[Out];
 #pragma GCC unroll 16
-    for (int i = 0; i < S::kInputs; ++i) d[i] = load(src + i * lines.step);
-    S::input(d, t);
-#pragma GCC unroll 16
-    for (int i = 0; i < S::kProducts; ++i) store(dst + i * lines.dst_step, t[i]);
+    for (int i = 0; i < In; ++i) in[i] = load(src + i * lines.step);
+    make(in, out);
+    finish(lines.dst + l * lines.dst_next, out);
   }
 }
 
 template <class S>
-void transform_output(const Lines& lines) {
-  for (int l = 0; l < lines.count; ++l) {
-    const float* src = lines.src + l * lines.next;
-    float* dst = lines.dst + l * lines.dst_next;
-    vec t[S::kProducts], y[S::kOutputs];
+void transform_input(const Lines& lines) {
+  each_line<S::kInputs, S::kProducts>(lines, [](const vec* d, vec* t) { S::input(d, t); }, [&](float* dst, vec* t) {
 #pragma GCC unroll 16
-    for (int i = 0; i < S::kProducts; ++i) t[i] = load(src + i * lines.step);
-    S::output(t, y);
+    for (int i = 0; i < S::kProducts; ++i) store(dst + i * lines.dst_step, t[i]);
+  });
+}
+
+template <class S>
+void transform_output(const Lines& lines) {
+  each_line<S::kProducts, S::kOutputs>(lines, [](const vec* t, vec* y) { S::output(t, y); }, [&](float* dst, vec* y) {
 #pragma GCC unroll 16
     for (int i = 0; i < S::kOutputs; ++i) store(dst + i * lines.dst_step, y[i]);
-  }
+  });
 }
 
 template <class S>
 void store_output(const Lines& lines, const Epilogue& epilogue) {
   const vec bias = load(epilogue.bias);
   const bool whole = epilogue.items == S::kOutputs && epilogue.columns >= W;
-  for (int l = 0; l < lines.count; ++l) {
-    const float* src = lines.src + l * lines.next;
-    float* dst = lines.dst + l * lines.dst_next;
-    vec t[S::kProducts], y[S::kOutputs];
-#pragma GCC unroll 16
-    for (int i = 0; i < S::kProducts; ++i) t[i] = load(src + i * lines.step);
-    S::output(t, y);
+  each_line<S::kProducts, S::kOutputs>(lines, [](const vec* t, vec* y) { S::output(t, y); }, [&](float* dst, vec* y) {
 #pragma GCC unroll 16
     for (int i = 0; i < S::kOutputs; ++i) {
       y[i] += bias;
@@ -224,7 +220,7 @@ void store_output(const Lines& lines, const Epilogue& epilogue) {
         if (i < epilogue.items) store_some(dst + i * lines.dst_step, y[i], epilogue.columns);
       }
     }
-  }
+  });
 }
 
 template <int M, int Stride>

@@ -1,6 +1,7 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <cstdint>
 
 namespace rvgg {
 
@@ -71,7 +72,7 @@ std::vector<Life> lives(const Network& network, const std::vector<Segment>& segm
   const int nodes = static_cast<int>(network.nodes.size());
   for (int i = 0; i < nodes; ++i) {
     const Segment own = segment_of(i);
-    result.push_back({i == own.last ? own.first : i, i == nodes - 1 ? i : own.last * (i == own.last) + i * (i != own.last)});
+    result.push_back({i == own.last ? own.first : i, i});
     for (int input : network.nodes[static_cast<std::size_t>(i)].inputs) {
       Life& life = result[static_cast<std::size_t>(input)];
       life.end = std::max(life.end, input < own.first ? own.last : i);
@@ -145,6 +146,13 @@ Plan make_plan(const Network& network, const Isa& isa, int images, int height, i
       algorithm = choose(node.conv, segment.images, input.shape.height, input.shape.width);
       if (input.pixel % isa.lanes) algorithm.rows = algorithm.columns = 0;
       widen(input.border, border(isa, node.conv, algorithm, input.shape.height, input.shape.width));
+    }
+  }
+  for (std::size_t i = 0; i < nodes; ++i) {
+    // The kernels count the numbers of an image in 32 bits.
+    if (plan.places[i].image() > INT32_MAX) {
+      throw Error("images: " + std::to_string(height) + " x " + std::to_string(width) +
+                  " is too large for " + network.nodes[i].name);
     }
   }
   plan.arena = place_all(plan.places, lives(network, plan.segments));

@@ -88,7 +88,7 @@ void test_one_convolution(const char* isa) {
     error = std::max(error, std::abs(found[i] - truth[i]));
     largest = std::max(largest, std::abs(truth[i]));
   }
-  expect(error <= (std::max(rows, columns) > 5 ? 1e-4 : 2e-5) * largest, "convolution",
+  expect(error <= (std::max(rows, columns) == 7 ? 3e-5 : 1e-5) * largest, "convolution",
          std::string(isa) + " algorithm " + options.algorithm + " error " + std::to_string(error / largest));
 }
 

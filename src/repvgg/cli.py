@@ -243,7 +243,8 @@ class Profile:
             network = _load(Path(self.model), None)
         else:
             network = create_model(self.model, num_classes=self.num_classes, block=self.block)
-        size = self.image_size or network.preprocessing.size
+        size = network.preprocessing.size if self.image_size is None else self.image_size
+        _need_positive("image_size", size)
         if self.engine:
             return self._profile_engine(network, size)
         total = cost(network, size)

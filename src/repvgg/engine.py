@@ -152,8 +152,8 @@ class Engine:
                 "images: float32 (N, C, H, W) or uint8 (N, H, W, C) needed, "
                 f"found {array.dtype} {array.shape}"
             )
-        n, h, w = np.delete(array.shape, 3 if array.dtype == np.uint8 else 1).tolist()
-        found = array.size // (n * h * w) if array.size else channels
+        last = array.dtype == np.uint8
+        n, found, h, w = (array.shape[axis] for axis in ((0, 3, 1, 2) if last else (0, 1, 2, 3)))
         if found != channels or not min(h, w):
             raise InputError(f"images: {channels} channels and a size needed, found {array.shape}")
         return n, h, w
@@ -308,7 +308,8 @@ def _module() -> Any:
     except ImportError as error:
         raise InputError(
             "engine: this installation has no native part; a C++20 compiler (GCC 11, Clang 14 or "
-            f"later) is needed, then pip install --force-reinstall --no-deps repvgg ({error})"
+            "later) is needed, then pip install -v --force-reinstall --no-deps repvgg, which shows "
+            f"what its build lacks ({error})"
         ) from None
     return _native
 

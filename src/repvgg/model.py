@@ -8,7 +8,7 @@ Axes: N images, C channels, H and W.
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -290,12 +290,17 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (N, C, H, W) → a feature map for each wanted stage, the largest first."""
-        features = []
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            if index in self.out_indices:
-                features.append(x)
-        return features
+        return stage_outputs(self.stages, x, self.out_indices)
+
+
+def stage_outputs(stages: Iterable[nn.Module], x: Tensor, wanted: Container[int]) -> list[Tensor]:
+    """What stages that follow one another give, for those of the wanted indices."""
+    features = []
+    for index, stage in enumerate(stages):
+        x = stage(x)
+        if index in wanted:
+            features.append(x)
+    return features
 
 
 @overload

@@ -27,6 +27,11 @@ from repvgg.protocol import Protocol, Runtime
 
 Runner = Callable[[], Tensor]
 
+
+class UnsupportedError(InputError):
+    """A network that a runtime cannot run, where it can run others."""
+
+
 # What must be installed for each runtime, and the extra of this package that has it.
 MODULES: dict[Runtime, tuple[str, ...]] = {
     "torch": (),
@@ -75,7 +80,8 @@ def prepare(
         onnx: the network as `export_onnx` wrote it, if that is there already; it takes seconds.
 
     Raises:
-        InputError: the runtime is not installed or cannot run this, or there is no such device.
+        InputError: the runtime is not installed, or there is no such device.
+        UnsupportedError: it cannot run this network.
     """
     missing = [name for name in MODULES[protocol.runtime] if find_spec(name) is None]
     if missing and protocol.runtime != "native":  # which says itself what it lacks
@@ -132,7 +138,10 @@ def _torch(network: nn.Module, images: Tensor, protocol: Protocol) -> Runner:
 
 
 def _native(network: nn.Module, images: Tensor, threads: int) -> Runner:
-    engine = repvgg.compile(network, threads=threads)
+    try:
+        engine = repvgg.compile(network, threads=threads)
+    except InputError as error:
+        raise UnsupportedError(f"runtime native: {error}") from None
     return lambda: engine(images)
 
 
@@ -178,7 +187,7 @@ def _ncnn(onnx: Path, images: Tensor, threads: int) -> Runner:
         command = [f"{package}/pnnx", source, f"inputshape=[{shape}]", "fp16=0"]
         _convert("ncnn", command, weights)
         if network.load_param(str(graph)) or network.load_model(str(weights)):
-            raise InputError("runtime ncnn: it does not know all operations of this network")
+            raise UnsupportedError("runtime ncnn: it does not know all operations of this network")
     # A `Mat` of an array is a view that does not keep the array alive.
     inputs = [ncnn.Mat(image).clone() for image in images.numpy()]
 
@@ -221,7 +230,7 @@ def _convert(runtime: Runtime, command: Sequence[str], result: Path) -> None:
     )
     if done.returncode or not result.exists():
         said = f"{done.stdout}\n{done.stderr}".strip().splitlines()[-1:]
-        raise InputError(
+        raise UnsupportedError(
             f"runtime {runtime}: its converter cannot read this network, and ended with exit code "
             f"{done.returncode}" + "".join(f" ({line[:200]})" for line in said)
         )

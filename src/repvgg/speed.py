@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from repvgg.console import progress_bar, say
+from repvgg.console import progress_bar, say, warn
 from repvgg.costs import cost
 from repvgg.errors import InputError
 from repvgg.files import written_aside
 from repvgg.machine import RUNTIME_LIBRARIES, machine_facts
 from repvgg.protocol import Protocol
-from repvgg.runtimes import MODULES, Runner, prepare
+from repvgg.runtimes import MODULES, Runner, UnsupportedError, prepare
 from repvgg.timing import Times, rounds_in_turn, seconds_of
 
 
@@ -150,18 +150,21 @@ class Record:
 def measure(contenders: Sequence[Contender], record: Record) -> list[Speed]:
     """Time networks in turn, round after round, until each has the rounds of the protocol.
 
+    Those that the runtime cannot run are named and left out.
+
     Args:
         contenders: the networks.
         record: what was measured before, and where every round is written.
 
     Raises:
-        InputError: a runtime that is not installed, or a device that is not there.
+        InputError: a runtime that is not installed or can run none of them, or a device that is
+            not there.
     """
     rounds = record.protocol.rounds
     todo = [c for c in contenders if len(record.seconds.get(c.name, ())) < rounds]
     if todo:
         runners = _prepared(todo, record.protocol)
-        for contender in todo:
+        for contender in (c for c in todo if c.name in runners):
             record.seconds.setdefault(contender.name, [])
             record.shapes[contender.name] = contender.image_size, contender.channels
         _time(runners, record)
@@ -186,15 +189,23 @@ def _time(runners: dict[str, Runner], record: Record) -> None:
 
 def _prepared(contenders: Sequence[Contender], protocol: Protocol) -> dict[str, Runner]:
     """Every network ready to run, its caches and clocks warm."""
-    runners = {}
+    runners: dict[str, Runner] = {}
+    last: UnsupportedError | None = None
     with progress_bar("preparing", len(contenders)) as show:
         for contender in contenders:
             shape = (protocol.batch, contender.channels, *[contender.image_size] * 2)
             images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-            runners[contender.name] = prepare(contender.build(), images, protocol)
+            try:
+                runners[contender.name] = prepare(contender.build(), images, protocol)
+            except UnsupportedError as error:
+                warn(f"{contender.name} is left out: {error}")
+                last = error
+                continue
             for _ in rounds_in_turn({contender.name: runners[contender.name]}, protocol.warmup):
                 pass
             show(contender.name)
+    if not runners and last:
+        raise last
     return runners
 
 
@@ -205,11 +216,15 @@ def estimated_seconds(contenders: Sequence[Contender], protocol: Protocol) -> fl
         with torch.device("meta"):
             network = contender.build()
         macs.append(cost(network, contender.image_size, contender.channels).macs)
-    least = min(range(len(macs)), key=macs.__getitem__)
-    contender = contenders[least]
-    shape = 1, contender.channels, contender.image_size, contender.image_size
-    runner = prepare(contender.build(), torch.rand(shape), protocol)
-    runner()
-    seconds = min(seconds_of(runner) for _ in range(3))
     batches = protocol.warmup + protocol.rounds
-    return seconds * sum(macs) / macs[least] * protocol.batch * batches
+    for least in sorted(range(len(macs)), key=macs.__getitem__):
+        contender = contenders[least]
+        shape = 1, contender.channels, contender.image_size, contender.image_size
+        try:
+            runner = prepare(contender.build(), torch.rand(shape), protocol)
+        except UnsupportedError:
+            continue  # `measure` names it
+        runner()
+        seconds = min(seconds_of(runner) for _ in range(3))
+        return seconds * sum(macs) / macs[least] * protocol.batch * batches
+    return 0.0

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from repvgg.errors import InputError
+from repvgg.segmentation.pspnet import pooled
 
 
 @dataclass
@@ -52,9 +53,9 @@ def operations(network: nn.Module) -> list[Operation]:
         InputError: naming a layer that is none of these.
     """
     try:
-        graph = fx.Tracer().trace(network)
+        graph = fx.Tracer(autowrap_functions=(pooled,)).trace(network)
     except Exception as error:  # whatever the network's own code raises when it is traced
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
         raise InputError(f"network: its forward cannot be followed: {reason}") from error
     reader = _Reader(network)
     for node in graph.nodes:
@@ -109,7 +110,7 @@ class _Reader:
             self.place[node] = self._concat(node)
         elif target is F.interpolate:
             self.place[node] = self._upsample(node)
-        elif target is F.adaptive_avg_pool2d:
+        elif target in (F.adaptive_avg_pool2d, pooled):
             at = self._at(node.args[0], node.name)
             self.place[node] = self._pool(node.name, at, node.args[1])
         else:

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.blocks import is_plain
-from repvgg.console import progress_bar
+from repvgg.console import progress_bar, warn
 from repvgg.model import RepVGG
 from repvgg.protocol import Protocol, Runtime
 from repvgg.reparam import reparameterize
 from repvgg.reproduce.report import Report
-from repvgg.runtimes import Runner, as_onnx, installed_runtimes, needs_onnx, prepare
+from repvgg.runtimes import (
+    Runner,
+    UnsupportedError,
+    as_onnx,
+    installed_runtimes,
+    needs_onnx,
+    prepare,
+)
 from repvgg.segmentation.pspnet import PSPNet
 from repvgg.timing import Times, time_in_turn
 from repvgg.verification import compare_outputs
@@ -57,7 +64,7 @@ def bench(
             used = dataclasses.replace(protocol, batch=batch)
             runners, errors = _runners(forms, images, used, expected, onnx)
             times = time_in_turn(runners, protocol.rounds, protocol.warmup)
-            rows += [_row(key, batch, times[" ".join(key)], errors[key]) for key in forms]
+            rows += [_row(key, batch, times[" ".join(key)], error) for key, error in errors.items()]
     title = f"{type(network).__name__} at {network.preprocessing.size} pixels, fp32"
     return Report(title, COLUMNS, tuple(rows), _findings(rows))
 
@@ -75,12 +82,16 @@ def _runners(
     expected: Tensor,
     onnx: Path | None,
 ) -> tuple[dict[str, Runner], dict[tuple[str, Runtime], float]]:
-    """All forms ready to run, and how far each one's logits are from the plain network's."""
+    """All forms that can be run, and how far each one's logits are from the plain network's."""
     runners, errors = {}, {}
     with progress_bar(f"preparing, batch {len(images)}", len(forms)) as show:
         for (form, runtime), module in forms.items():
             used = dataclasses.replace(protocol, runtime=runtime)
-            runner = prepare(module, images, used, onnx)
+            try:
+                runner = prepare(module, images, used, onnx)
+            except UnsupportedError as error:
+                warn(f"left out: {error}")
+                continue
             runners[f"{form} {runtime}"] = runner
             agreement = compare_outputs(expected, runner().float().cpu())
             errors[form, runtime] = agreement.max_rel_error

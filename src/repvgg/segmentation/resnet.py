@@ -8,7 +8,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from repvgg.errors import InputError
-from repvgg.model import FeatureInfo
+from repvgg.model import FeatureInfo, stage_outputs
 
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
@@ -65,9 +65,4 @@ class DilatedResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (N, C, H, W) → a feature map for each wanted stage, in their order."""
-        features = []
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            if index in self.out_indices:
-                features.append(x)
-        return features
+        return stage_outputs(self.stages, x, self.out_indices)
