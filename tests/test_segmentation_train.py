@@ -65,7 +65,7 @@ def config(stripes):
         model=MODEL,
         width=16,
         data=str(stripes),
-        epochs=6,
+        epochs=10,
         batch_size=4,
         base_batch_size=4,
         learning_rate=0.04,
@@ -202,12 +202,12 @@ def test_a_run_leaves_what_one_of_classification_does(finished, config):
     assert names == files | {"checkpoints", "tensorboard"}
     assert SegmentConfig(**json.loads((finished / "config.json").read_text())) == config
     rows = history(finished)
-    assert [row["epoch"] for row in rows] == list(range(1, 7))
+    assert [row["epoch"] for row in rows] == list(range(1, 11))
     assert set(rows[0]) == {
         *("epoch", "train_loss", "train_pixel_accuracy", "test_loss", "test_miou"),
         *("test_pixel_accuracy", "images_per_second", "seconds"),
     }
-    assert rows[-1]["test_miou"] > 0.75
+    assert rows[-1]["test_miou"] > 0.85
     assert rows[-1]["test_miou"] > rows[0]["test_miou"]
 
 
@@ -315,7 +315,7 @@ def test_predict_draws_overlays(finished, stripes, tmp_path, capsys):
         numbers = np.asarray(file)
     with Image.open(stripes / "test" / "labels" / "0.png") as file:
         labels = np.asarray(file)
-    assert (numbers == labels)[labels != 9].mean() > 0.85
+    assert (numbers == labels)[labels != 9].mean() > 0.9
 
 
 def test_an_overlay_mixes_image_and_color_by_hand():
