@@ -67,8 +67,21 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-    a, b, c = COEFFICIENTS
-    for _ in range(STEPS):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+    # Each step multiplies x by a polynomial of x xᵀ, and these commute. So the steps are taken on
+    # the square x xᵀ alone, and x, nine times as wide for a 3×3 kernel, is multiplied once.
+    square = x @ x.mT
+    factor = polynomial = _polynomial(square)
+    for _ in range(STEPS - 1):
+        square = polynomial @ square @ polynomial
+        polynomial = _polynomial(square)
+        factor = polynomial @ factor
+    x = factor @ x
     return x.mT if tall else x
+
+
+def _polynomial(square: Tensor) -> Tensor:
+    """By what a step multiplies a matrix x, of its square x xᵀ."""
+    a, b, c = COEFFICIENTS
+    result = b * square + c * square @ square
+    result.diagonal(dim1=-2, dim2=-1).add_(a)
+    return result
