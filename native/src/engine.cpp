@@ -8,6 +8,8 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include "maps.hpp"
+
 namespace rvgg {
 
 namespace {
@@ -15,6 +17,17 @@ namespace {
 constexpr std::size_t kMaxPlans = 8;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxImages = 1 << 16;
+// Bands stay in the second cache; maps that fit there themselves are better computed whole.
+constexpr std::size_t kBandBytes = 256 << 10, kWorthBands = 1 << 20;
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+std::vector<float> zero_images(int count, int height, int width, int channels) {
+  return std::vector<float>(static_cast<std::size_t>(count) * static_cast<std::size_t>(height) *
+                            static_cast<std::size_t>(width) * static_cast<std::size_t>(channels));
+}
 
 int usable_cores() {
 #ifdef __linux__
@@ -54,92 +67,19 @@ std::size_t cache_for_maps() {
   return std::size_t{8} << 20;
 }
 
-// Zeros around the images.
-void clear_border(const Map& map, const Border& border, Pool& pool) {
-  if (border == Border{}) return;
-  const int rows = border.top + map.height + border.bottom;
-  const std::ptrdiff_t left = border.left * map.pixel, right = border.right * map.pixel;
-  const int parts = map.images < 2 * pool.threads() ? 2 : 1;
-  pool.each(std::int64_t{map.images} * parts, [&](int, std::int64_t item) {
-    const std::int64_t part = item % parts;
-    float* row = map.data + item / parts * map.image - border.top * map.row - left;
-    const std::int64_t begin = part * rows / parts, end = (part + 1) * rows / parts;
-    for (std::int64_t y = begin; y < end; ++y) {
-      float* line = row + y * map.row;
-      if (y < border.top || y >= border.top + map.height) {
-        std::fill_n(line, map.row, 0.0f);
-      } else {
-        std::fill_n(line, left, 0.0f);
-        std::fill_n(line + map.row - right, right, 0.0f);
-      }
-    }
-  });
-}
-
-void pool_bins(const Isa& isa, const Map& input, const Map& output, int bins, Pool& pool) {
-  pool.each(std::int64_t{input.images} * bins * bins, [&](int, std::int64_t item) {
-    const std::int64_t image = item / (bins * bins);
-    const int y = static_cast<int>(item / bins % bins), x = static_cast<int>(item % bins);
-    // As torch's adaptive pooling: from floor(y H / bins) to ceil((y + 1) H / bins).
-    const int top = y * input.height / bins, bottom = divide_up((y + 1) * input.height, bins);
-    const int left = x * input.width / bins, right = divide_up((x + 1) * input.width, bins);
-    isa.pool(input.data + image * input.image + top * input.row + left * input.pixel, input.pixel,
-             input.row, bottom - top, right - left, round_up(input.channels, isa.lanes),
-             output.data + image * output.image + y * output.row + x * output.pixel);
-  });
-}
-
-// The two neighbours of a place in one dimension, and the weight of the second.
-struct Between {
-  int first, second;
-  float weight;
-};
-Between between(int place, int out, int in, bool align_corners) {
-  double at = align_corners ? (out > 1 ? place * (in - 1.0) / (out - 1.0) : 0.0)
-                            : std::max(0.0, (place + 0.5) * in / out - 0.5);
-  const int first = std::min(static_cast<int>(at), in - 1);
-  return {first, std::min(first + 1, in - 1), static_cast<float>(at - first)};
-}
-
-void upsample(const Map& input, const Map& output, bool align_corners, Pool& pool) {
-  pool.each(std::int64_t{output.images} * output.height, [&](int, std::int64_t item) {
-    const std::int64_t image = item / output.height;
-    const int y = static_cast<int>(item % output.height);
-    const Between v = between(y, output.height, input.height, align_corners);
-    const float* top = input.data + image * input.image + v.first * input.row;
-    const float* bottom = input.data + image * input.image + v.second * input.row;
-    for (int x = 0; x < output.width; ++x) {
-      const Between h = between(x, output.width, input.width, align_corners);
-      const std::ptrdiff_t left = h.first * input.pixel, right = h.second * input.pixel;
-      float* to = output.data + image * output.image + y * output.row + x * output.pixel;
-      for (int c = 0; c < output.pixel; ++c) {
-        const float above = top[left + c] + h.weight * (top[right + c] - top[left + c]);
-        const float below = bottom[left + c] + h.weight * (bottom[right + c] - bottom[left + c]);
-        to[c] = above + v.weight * (below - above);
-      }
-    }
-  });
-}
-
-// The channels of `input` behind those that are there; `behind` is 0 for the first.
-void append_channels(const Map& input, const Map& output, int behind, Pool& pool) {
-  pool.each(std::int64_t{output.images} * output.height, [&](int, std::int64_t item) {
-    const std::int64_t image = item / output.height, y = item % output.height;
-    for (int x = 0; x < output.width; ++x) {
-      std::copy_n(input.data + image * input.image + y * input.row + x * input.pixel, input.channels,
-                  output.data + image * output.image + y * output.row + x * output.pixel + behind);
-    }
-  });
-}
-
 }  // namespace
 
 Engine::Engine(Network network, const Options& options)
     : network_(std::move(network)),
+      band_rows_(options.band_rows),
       isa_(checked_isa(options.isa)),
       pool_(checked_threads(options.threads), options.pin),
       tuner_(isa_, pool_, options.tuning) {
   network_.check();
+  for (std::size_t c = 0; c < network_.mean.size(); ++c) {
+    scale_.push_back(1.0f / (255.0f * network_.deviation[c]));
+    shift_.push_back(-network_.mean[c] / network_.deviation[c]);
+  }
   for (Node& node : network_.nodes) node.conv.half = options.half;
   if (!options.algorithm.empty()) tuner_.force(options.algorithm);
 }
@@ -162,8 +102,13 @@ Engine::Ready& Engine::prepare(int count, int height, int width) {
     }
   }
   while (plans_.size() >= kMaxPlans) plans_.pop_back();
+  plans_.push_front(with_or_without_bands(count, height, width));
+  return plans_.front();
+}
+
+Engine::Ready Engine::make(int count, int height, int width, int banded) {
   Ready ready;
-  ready.plan = make_plan(network_, isa_, count, height, width, cache_for_maps(),
+  ready.plan = make_plan(network_, isa_, count, height, width, banded, cache_for_maps(),
                          [this](const Conv& conv, int n, int h, int w) {
                            return tuner_.choose(conv, n, h, w);
                          });
@@ -173,90 +118,144 @@ Engine::Ready& Engine::prepare(int count, int height, int width) {
     ready.packed[i] = pack(static_cast<int>(i), ready.plan.algorithms[i]);
   }
   ready.arena = Buffer(ready.plan.arena + 64);
-  plans_.push_front(std::move(ready));
-  return plans_.front();
-}
-
-void Engine::read_images(const Images& images, int first, const Map& map) {
-  const int channels = network_.in_channels;
-  std::vector<float> scale(static_cast<std::size_t>(channels)), shift(scale);
-  for (std::size_t c = 0; c < scale.size(); ++c) {
-    scale[c] = 1.0f / (255.0f * network_.deviation[c]);
-    shift[c] = -network_.mean[c] / network_.deviation[c];
-  }
-  pool_.each(std::int64_t{map.images} * map.height, [&](int, std::int64_t item) {
-    const std::int64_t image = item / map.height, y = item % map.height;
-    const std::ptrdiff_t from = (first + image) * images.image + y * images.row;
-    for (int c = 0; c < channels; ++c) {
-      float* to = map.data + image * map.image + y * map.row + c;
-      const std::ptrdiff_t begin = from + c * images.channel;
-      if (images.format == Format::bytes) {
-        const auto* bytes = static_cast<const unsigned char*>(images.data) + begin;
-        const float a = scale[static_cast<std::size_t>(c)], b = shift[static_cast<std::size_t>(c)];
-        for (int x = 0; x < map.width; ++x) {
-          to[x * map.pixel] = static_cast<float>(bytes[x * images.pixel]) * a + b;
-        }
-      } else {
-        const auto* floats = static_cast<const float*>(images.data) + begin;
-        for (int x = 0; x < map.width; ++x) to[x * map.pixel] = floats[x * images.pixel];
-      }
+  if (banded) {
+    std::vector<Bands::Layer> layers;
+    for (std::size_t i = 1; i < static_cast<std::size_t>(banded); ++i) {
+      const Shape& input = ready.plan.places[i - 1].shape;
+      layers.push_back({ready.packed[i], ready.plan.algorithms[i], input.height, input.width});
     }
-  });
+    ready.bands = std::make_unique<Bands>(isa_, std::move(layers), rows_of_a_band(ready.plan),
+                                          pool_.threads());
+  }
+  return ready;
 }
 
-void Engine::run_node(Ready& ready, int index, int first, int count) {
+// Whole tiles, as many as leave the strips in the second cache and give each thread a few bands.
+int Engine::rows_of_a_band(const Plan& plan) const {
+  const std::size_t last = static_cast<std::size_t>(plan.banded) - 1;
+  const Algorithm& algorithm = plan.algorithms[last];
+  const int tile = algorithm.winograd() ? algorithm.rows : 2;
+  if (band_rows_ > 0) return round_up(band_rows_, tile);
+  const int height = plan.places[last].shape.height;
+  int rows = tile;
+  for (int more = 2 * tile; more <= height; more += tile) {
+    if (std::int64_t{divide_up(height, more)} * plan.images < 4 * pool_.threads()) break;
+    std::size_t floats = 0;
+    int of_map = more;
+    for (std::size_t i = last; i > 0; --i) {
+      of_map = (of_map - 1) * network_.nodes[i].conv.stride + network_.nodes[i].conv.kernel;
+      floats += static_cast<std::size_t>(of_map * plan.places[i - 1].row());
+    }
+    if (floats * sizeof(float) > kBandBytes) break;
+    rows = more;
+  }
+  return rows;
+}
+
+// Both give the same numbers; which is faster is measured, unless the model is to be trusted.
+Engine::Ready Engine::with_or_without_bands(int count, int height, int width) {
+  const int banded = bandable(network_);
+  if (band_rows_ >= 0 || !banded) return make(count, height, width, band_rows_ > 0 ? banded : 0);
+  Ready whole = make(count, height, width, 0);
+  const std::size_t last = static_cast<std::size_t>(banded) - 1;
+  const Place& largest = whole.plan.places[last - 1];
+  if (static_cast<std::size_t>(largest.image()) * sizeof(float) < kWorthBands) return whole;
+  std::string name = std::to_string(count) + " " + std::to_string(height) + "x" + std::to_string(width);
+  for (std::size_t i = 1; i <= last; ++i) {
+    const Conv& conv = network_.nodes[i].conv;
+    name += " k" + std::to_string(conv.out_channels) + " s" + std::to_string(conv.stride) + " g" +
+            std::to_string(conv.groups) + (conv.half ? " half" : "");
+  }
+  Ready cut = make(count, height, width, banded);
+  const bool better = tuner_.prefers_bands(name, whole.packed[last]->bytes() <= kBandBytes, [&] {
+    const std::vector<float> zeros = zero_images(count, height, width, network_.in_channels);
+    const Images images = Images::contiguous(zeros.data(), Format::floats, count, height, width,
+                                             network_.in_channels);
+    double least[2] = {1e9, 1e9};
+    for (int i = 0; i < 12; ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      execute(i % 2 ? cut : whole, images, static_cast<int>(last), nullptr);
+      least[i % 2] = std::min(least[i % 2], seconds_since(start));
+    }
+    return least[1] < least[0];
+  });
+  return better ? std::move(cut) : std::move(whole);
+}
+
+void Engine::read_row(const Images& images, std::int64_t image, std::int64_t y, float* row) const {
+  const int channels = network_.in_channels;
+  const std::ptrdiff_t from = image * images.image + y * images.row;
+  for (int c = 0; c < channels; ++c) {
+    float* to = row + c;
+    const std::ptrdiff_t begin = from + c * images.channel;
+    if (images.format == Format::bytes) {
+      const auto* bytes = static_cast<const unsigned char*>(images.data) + begin;
+      const float a = scale_[static_cast<std::size_t>(c)], b = shift_[static_cast<std::size_t>(c)];
+      for (int x = 0; x < images.width; ++x) {
+        to[x * channels] = static_cast<float>(bytes[x * images.pixel]) * a + b;
+      }
+    } else {
+      const auto* floats = static_cast<const float*>(images.data) + begin;
+      for (int x = 0; x < images.width; ++x) to[x * channels] = floats[x * images.pixel];
+    }
+  }
+}
+
+void Engine::run_node(Ready& ready, const Images& images, int index, int first, int count) {
   const Plan& plan = ready.plan;
+  if (index < plan.banded - 1) return;
   const Node& node = network_.nodes[static_cast<std::size_t>(index)];
   const auto map_of = [&](int i) {
     const Place& place = plan.places[static_cast<std::size_t>(i)];
     return place.map(ready.arena.data(), place.images == plan.images ? first : 0, count);
   };
   const Map output = map_of(index);
-  switch (node.kind) {
-    case Kind::input: break;
-    case Kind::conv:
-      rvgg::run(isa_, *ready.packed[static_cast<std::size_t>(index)],
-                plan.algorithms[static_cast<std::size_t>(index)], map_of(node.inputs[0]), output,
-                pool_, scratch_);
-      break;
-    case Kind::pool: pool_bins(isa_, map_of(node.inputs[0]), output, node.bins, pool_); break;
-    case Kind::upsample:
-      upsample(map_of(node.inputs[0]), output, node.align_corners, pool_);
-      break;
-    case Kind::concat: {
-      int behind = 0;
-      for (int input : node.inputs) {
-        const Map map = map_of(input);
-        append_channels(map, output, behind, pool_);
-        behind += map.channels;
-      }
-      break;
+  if (index == plan.banded - 1) {
+    ready.bands->run(
+        [&](int image, int y, float* row) { read_row(images, first + image, y, row); }, output,
+        pool_);
+  } else if (node.kind == Kind::input) {
+    pool_.each(std::int64_t{count} * output.height, [&](int, std::int64_t item) {
+      const std::int64_t image = item / output.height, y = item % output.height;
+      read_row(images, first + image, y, output.data + image * output.image + y * output.row);
+    });
+  } else if (node.kind == Kind::conv) {
+    rvgg::run(isa_, *ready.packed[static_cast<std::size_t>(index)],
+              plan.algorithms[static_cast<std::size_t>(index)], map_of(node.inputs[0]), output,
+              pool_, scratch_);
+  } else if (node.kind == Kind::pool) {
+    pool_bins(isa_, map_of(node.inputs[0]), output, node.bins, pool_);
+  } else if (node.kind == Kind::upsample) {
+    upsample(map_of(node.inputs[0]), output, node.align_corners, pool_);
+  } else {
+    int behind = 0;
+    for (int input : node.inputs) {
+      const Map map = map_of(input);
+      append_channels(map, output, behind, pool_);
+      behind += map.channels;
     }
   }
   clear_border(output, plan.places[static_cast<std::size_t>(index)].border, pool_);
 }
 
-void Engine::execute(Ready& ready, const Images& images, float* result, double* seconds) {
+void Engine::execute(Ready& ready, const Images& images, int last, double* seconds) {
   const Pool::Awake awake(pool_);
   const Plan& plan = ready.plan;
   for (const Segment& segment : plan.segments) {
     for (int first = 0; first < plan.images; first += segment.images) {
       const int count = std::min(segment.images, plan.images - first);
-      for (int i = segment.first; i <= segment.last; ++i) {
+      for (int i = segment.first; i <= std::min(segment.last, last); ++i) {
         const auto start = std::chrono::steady_clock::now();
-        if (i == 0) {
-          const Place& place = plan.places[0];
-          read_images(images, first,
-                      place.map(ready.arena.data(), place.images == plan.images ? first : 0, count));
-        }
-        run_node(ready, i, first, count);
-        if (seconds) {
-          seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        }
+        run_node(ready, images, i, first, count);
+        if (seconds) seconds[i] += seconds_since(start);
       }
     }
   }
-  const Map map = plan.places.back().map(ready.arena.data(), 0, plan.images);
+}
+
+void Engine::write_result(Ready& ready, float* result) {
+  const Pool::Awake awake(pool_);
+  const Map map = ready.plan.places.back().map(ready.arena.data(), 0, ready.plan.images);
   const std::int64_t plane = std::int64_t{map.height} * map.width;
   pool_.each(std::int64_t{map.images} * map.height, [&](int, std::int64_t item) {
     const std::int64_t image = item / map.height, y = item % map.height;
@@ -275,38 +274,48 @@ void Engine::run(const Images& images, float* result) {
   }
   if (!images.count) return;
   const std::lock_guard lock(mutex_);
-  execute(prepare(images.count, images.height, images.width), images, result, nullptr);
+  Ready& ready = prepare(images.count, images.height, images.width);
+  execute(ready, images, static_cast<int>(network_.nodes.size()) - 1, nullptr);
+  write_result(ready, result);
 }
 
 std::vector<Step> Engine::profile(int count, int height, int width, int repeats) {
   const std::lock_guard lock(mutex_);
   Ready& ready = prepare(count, height, width);
+  const std::vector<float> zeros = zero_images(count, height, width, network_.in_channels);
+  const Images images = Images::contiguous(zeros.data(), Format::floats, count, height, width,
+                                           network_.in_channels);
   const std::size_t nodes = network_.nodes.size();
-  const Shape out = output_shape(height, width);
-  std::vector<float> images(static_cast<std::size_t>(count) * static_cast<std::size_t>(height) *
-                            static_cast<std::size_t>(width) * static_cast<std::size_t>(network_.in_channels));
-  std::vector<float> result(static_cast<std::size_t>(count) * static_cast<std::size_t>(out.height) *
-                            static_cast<std::size_t>(out.width) * static_cast<std::size_t>(out.channels));
   std::vector<double> least(nodes, 1e9);
   for (int i = 0; i < std::max(repeats, 1); ++i) {
     std::vector<double> seconds(nodes);
-    execute(ready, Images::contiguous(images.data(), Format::floats, count, height, width, network_.in_channels),
-            result.data(), seconds.data());
+    execute(ready, images, static_cast<int>(nodes) - 1, seconds.data());
     for (std::size_t n = 0; n < nodes; ++n) least[n] = std::min(least[n], seconds[n]);
   }
+  return steps_of(ready, least);
+}
+
+std::vector<Step> Engine::steps_of(const Ready& ready, const std::vector<double>& seconds) const {
+  const Plan& plan = ready.plan;
   std::vector<Step> steps;
-  for (std::size_t n = 0; n < nodes; ++n) {
+  Step step{};
+  for (std::size_t n = 0; n < network_.nodes.size(); ++n) {
     const Node& node = network_.nodes[n];
-    Step step{node.name, "", ready.plan.places[n].shape, least[n] * 1e3, 0, 0, 0};
+    const bool in_band = static_cast<int>(n) < plan.banded;
+    if (!in_band || !n) step = Step{};
+    step.name += (in_band && n > 1 ? " + " : "") + (in_band && !n ? "" : node.name);
+    step.shape = plan.places[n].shape;
+    step.milliseconds += seconds[n] * 1e3;
     if (node.kind == Kind::conv) {
-      const Algorithm& algorithm = ready.plan.algorithms[n];
-      const Shape& in = ready.plan.places[static_cast<std::size_t>(node.inputs[0])].shape;
-      step.algorithm = algorithm.name();
-      step.multiply_adds = count * multiplications(isa_, node.conv, {}, in.height, in.width);
-      step.multiplications = count * multiplications(isa_, node.conv, algorithm, in.height, in.width);
-      step.weight_bytes = ready.packed[n]->bytes();
+      const Algorithm& algorithm = plan.algorithms[n];
+      const Shape& in = plan.places[static_cast<std::size_t>(node.inputs[0])].shape;
+      step.algorithm += (step.algorithm.empty() ? "" : " + ") + algorithm.name();
+      step.multiply_adds += plan.images * multiplications(isa_, node.conv, {}, in.height, in.width);
+      step.multiplications +=
+          plan.images * multiplications(isa_, node.conv, algorithm, in.height, in.width);
+      step.weight_bytes += ready.packed[n]->bytes();
     }
-    steps.push_back(step);
+    if (static_cast<int>(n) >= plan.banded - 1) steps.push_back(step);
   }
   return steps;
 }
@@ -317,7 +326,9 @@ Engine::Memory Engine::memory() {
   for (const auto& [key, slot] : packed_) {
     if (const auto packed = slot.lock()) memory.weights += packed->bytes();
   }
-  for (const Ready& ready : plans_) memory.activations += ready.arena.bytes();
+  for (const Ready& ready : plans_) {
+    memory.activations += ready.arena.bytes() + (ready.bands ? ready.bands->bytes() : 0);
+  }
   return memory;
 }
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 
+#include "bands.hpp"
 #include "network.hpp"
 #include "plan.hpp"
 #include "tune.hpp"
@@ -20,6 +21,7 @@ struct Options {
   bool half = false;  // weights in half precision; the arithmetic stays in single
   std::string isa;   // "": the best that the processor has, or RVGG_ISA of the environment
   std::string algorithm;  // for tests: of every layer that it can compute, as `Tuner` writes it
+  int band_rows = -1;     // for tests: of the first layers, 0 for none; -1: as is best
 };
 
 enum class Format {
@@ -42,7 +44,7 @@ struct Images {
   }
 };
 
-// What one layer took.
+// What one layer took, or the first ones together where they are computed band by band.
 struct Step {
   std::string name, algorithm;
   Shape shape;
@@ -79,14 +81,23 @@ class Engine {
     Plan plan;
     std::vector<std::shared_ptr<PackedConv>> packed;  // of each node
     Buffer arena;
+    std::unique_ptr<Bands> bands;
   };
   Ready& prepare(int count, int height, int width);
+  Ready make(int count, int height, int width, int banded);
+  Ready with_or_without_bands(int count, int height, int width);
+  int rows_of_a_band(const Plan& plan) const;
   std::shared_ptr<PackedConv> pack(int node, const Algorithm& algorithm);
-  void execute(Ready& ready, const Images& images, float* result, double* seconds);
-  void run_node(Ready& ready, int node, int first, int count);
-  void read_images(const Images& images, int first, const Map& map);
+  // The nodes up to `last`. seconds: of each node, added up; or null.
+  void execute(Ready& ready, const Images& images, int last, double* seconds);
+  void run_node(Ready& ready, const Images& images, int node, int first, int count);
+  void read_row(const Images& images, std::int64_t image, std::int64_t y, float* row) const;
+  void write_result(Ready& ready, float* result);
+  std::vector<Step> steps_of(const Ready& ready, const std::vector<double>& seconds) const;
 
   Network network_;
+  std::vector<float> scale_, shift_;  // from a byte to the normalized number
+  int band_rows_;
   const Isa& isa_;
   Pool pool_;
   Tuner tuner_;

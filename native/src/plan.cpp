@@ -31,15 +31,15 @@ int chain_length(const Network& network) {
 }
 
 std::vector<Segment> make_segments(const Network& network, const std::vector<Shape>& shapes,
-                                   int images, std::size_t cache) {
+                                   int images, int banded, std::size_t cache) {
   const int nodes = static_cast<int>(network.nodes.size());
   const int chain = chain_length(network);
   std::vector<Segment> segments;
   for (int i = 0; i < nodes; ++i) {
     int fitting = images;
-    if (i < chain) {
-      const std::size_t bytes = map_bytes(shapes[static_cast<std::size_t>(i)]) +
-                                map_bytes(shapes[static_cast<std::size_t>(std::max(i - 1, 0))]);
+    if (i < chain && i >= banded - 1) {
+      std::size_t bytes = map_bytes(shapes[static_cast<std::size_t>(i)]);
+      if (i >= banded) bytes += map_bytes(shapes[static_cast<std::size_t>(std::max(i - 1, 0))]);
       fitting = static_cast<int>(
           std::clamp<std::size_t>(cache / bytes, 1, static_cast<std::size_t>(images)));
     }
@@ -125,10 +125,21 @@ Map Place::map(float* arena, int first, int count) const {
   return map;
 }
 
+int bandable(const Network& network) {
+  constexpr int count = 3;
+  if (chain_length(network) < count) return 0;
+  for (int i = 1; i < count; ++i) {
+    const Node& node = network.nodes[static_cast<std::size_t>(i)];
+    if (node.kind != Kind::conv || node.conv.dilation > 1) return 0;
+  }
+  return count;
+}
+
 Plan make_plan(const Network& network, const Isa& isa, int images, int height, int width,
-               std::size_t cache, const Choose& choose) {
+               int banded, std::size_t cache, const Choose& choose) {
   const std::vector<Shape> shapes = network.shapes(height, width);
-  Plan plan{images, height, width, {}, {}, make_segments(network, shapes, images, cache), 0};
+  Plan plan{images, height, width, banded, {}, {},
+            make_segments(network, shapes, images, banded, cache), 0};
   const std::size_t nodes = network.nodes.size();
   plan.algorithms.resize(nodes);
   plan.places.resize(nodes);
@@ -138,13 +149,16 @@ Plan make_plan(const Network& network, const Isa& isa, int images, int height, i
       place.shape = shapes[static_cast<std::size_t>(i)];
       // Images keep their few channels, so that the rows under the kernel are contiguous.
       place.pixel = i == 0 ? place.shape.channels : round_up(place.shape.channels, isa.lanes);
-      place.images = i == segment.last ? images : segment.images;
+      place.images = i < banded - 1 ? 0 : i == segment.last ? images : segment.images;
       const Node& node = network.nodes[static_cast<std::size_t>(i)];
       if (node.kind != Kind::conv) continue;
       Place& input = plan.places[static_cast<std::size_t>(node.inputs[0])];
       Algorithm& algorithm = plan.algorithms[static_cast<std::size_t>(i)];
       algorithm = choose(node.conv, segment.images, input.shape.height, input.shape.width);
       if (input.pixel % isa.lanes) algorithm.rows = algorithm.columns = 0;
+      if (i < banded) algorithm.order = Order::blocks;
+      // Tiles of the layers before the last would begin elsewhere in each band.
+      if (i < banded - 1) algorithm.rows = algorithm.columns = 0;
       widen(input.border, border(isa, node.conv, algorithm, input.shape.height, input.shape.width));
     }
   }

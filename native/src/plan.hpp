@@ -37,14 +37,19 @@ struct Segment {
 
 struct Plan {
   int images, height, width;
+  int banded;  // so many of the first nodes are computed band by band; 0 if none
   std::vector<Place> places;          // of each node
   std::vector<Algorithm> algorithms;  // of each node; meaningless where it is no convolution
   std::vector<Segment> segments;
   std::size_t arena = 0;  // floats
 };
 
-// `cache`: bytes that the maps of one segment may take.
+// How many of the first nodes can be computed band by band: the images and two convolutions; else 0.
+int bandable(const Network& network);
+
+// `cache`: bytes that the maps of one segment may take. `banded`: 0, or what `bandable` says; the
+// results between these nodes have no place.
 Plan make_plan(const Network& network, const Isa& isa, int images, int height, int width,
-               std::size_t cache, const Choose& choose);
+               int banded, std::size_t cache, const Choose& choose);
 
 }  // namespace rvgg

@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <utility>
+
 namespace rvgg {
 
 namespace {
@@ -73,8 +75,18 @@ void Pool::run(Call call, const void* work) {
   busy_.store(static_cast<std::int32_t>(workers_.size()), std::memory_order_relaxed);
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
-  call(work, 0);
+  attempt(0);
   wait_until(busy_, awake_, [](std::int32_t busy) { return busy == 0; });
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void Pool::attempt(int thread) noexcept {
+  try {
+    call_(work_, thread);
+  } catch (...) {
+    const std::lock_guard lock(error_mutex_);
+    if (!error_) error_ = std::current_exception();
+  }
 }
 
 void Pool::loop(int thread) {
@@ -83,7 +95,7 @@ void Pool::loop(int thread) {
     wait_until(round_, awake_, [seen](std::uint32_t round) { return round != seen; });
     seen = round_.load(std::memory_order_acquire);
     if (stop_.load()) return;
-    call_(work_, thread);
+    attempt(thread);
     if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_all();
   }
 }

@@ -3,6 +3,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -18,7 +20,8 @@ class Pool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls work(index of the thread) on each thread; returns when all have. One caller at a time.
+  // Calls work(index of the thread) on each thread; returns when all have, and throws what the
+  // first of them threw. One caller at a time.
   template <class Work>
   void run(const Work& work) {
     run([](const void* w, int thread) { (*static_cast<const Work*>(w))(thread); }, &work);
@@ -53,6 +56,7 @@ class Pool {
  private:
   using Call = void (*)(const void*, int);
   void run(Call call, const void* work);
+  void attempt(int thread) noexcept;
   void loop(int thread);
 
   std::vector<std::thread> workers_;
@@ -60,6 +64,8 @@ class Pool {
   alignas(64) std::atomic<std::int32_t> busy_{0};
   Call call_ = nullptr;
   const void* work_ = nullptr;
+  std::mutex error_mutex_;
+  std::exception_ptr error_;
   std::atomic<bool> stop_{false};
   std::atomic<int> awake_{0};
 };

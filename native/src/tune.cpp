@@ -19,6 +19,7 @@ constexpr std::size_t kSweep = std::size_t{16} << 20;  // floats: more than the 
 constexpr std::size_t kMaxShared = std::size_t{64} << 20;   // floats of transformed input
 constexpr double kMaxWeights = 1.5e9;                   // bytes of one layer's transformed weights
 constexpr std::size_t kMeasured = 5;                    // by the fast tuning
+constexpr const char* kBands = "bands ";
 
 std::string key(const Isa& isa, int threads, const Conv& conv, int images, int height, int width) {
   char text[160];
@@ -244,6 +245,15 @@ Algorithm Tuner::choose(const Conv& conv, int images, int height, int width) {
   return chosen_[name] = best;
 }
 
+bool Tuner::prefers_bands(const std::string& network, bool expected,
+                          const std::function<bool()>& measure) {
+  if (tuning_ == Tuning::none) return expected;
+  const std::string name = kBands + std::string(isa_.name) + " t" +
+                           std::to_string(pool_.threads()) + " " + network;
+  if (!bands_.contains(name)) bands_[name] = measure();
+  return bands_[name];
+}
+
 void Tuner::force(const std::string& text) {
   Algorithm algorithm;
   if (!from_text(text, algorithm)) throw std::invalid_argument("algorithm: " + text);
@@ -253,13 +263,18 @@ void Tuner::force(const std::string& text) {
 std::map<std::string, std::string> Tuner::decisions() const {
   std::map<std::string, std::string> result;
   for (const auto& [name, algorithm] : chosen_) result[name] = to_text(algorithm);
+  for (const auto& [name, better] : bands_) result[name] = better ? "yes" : "no";
   return result;
 }
 
 void Tuner::adopt(const std::map<std::string, std::string>& decisions) {
   for (const auto& [name, text] : decisions) {
     Algorithm algorithm;
-    if (from_text(text, algorithm)) chosen_[name] = algorithm;
+    if (name.starts_with(kBands)) {
+      if (text == "yes" || text == "no") bands_[name] = text == "yes";
+    } else if (from_text(text, algorithm)) {
+      chosen_[name] = algorithm;
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // Which algorithm is best for a layer: by a model of the costs, and then by measuring.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -30,6 +31,9 @@ class Tuner {
 
   // Always this one, where it is applicable; else directly. Throws std::invalid_argument.
   void force(const std::string& text);
+  // Whether the first layers of `network`, at its size, are faster band by band: as decided
+  // earlier, or measured, or, where the model is trusted, as expected.
+  bool prefers_bands(const std::string& network, bool expected, const std::function<bool()>& measure);
   // Operations a second of one thread, measured.
   double peak() {
     calibrate();
@@ -52,6 +56,7 @@ class Tuner {
   double flops_, bandwidth_ = 20e9;  // bytes a second from memory, all threads together
   Buffer sweep_;          // larger than the caches
   std::map<std::string, Algorithm> chosen_;
+  std::map<std::string, bool> bands_;
   std::optional<Algorithm> forced_;
 };
 

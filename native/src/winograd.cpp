@@ -149,7 +149,7 @@ class Winograd {
   std::uint8_t weight_[kMaxProducts * kMaxProducts];
 };
 
-// Before the threads start: none of them may fail.
+// Before the threads start, so that none of them waits for memory.
 void reserve(Scratch& scratch, std::size_t floats) {
   for (Buffer& buffer : scratch.of_thread) buffer.reserve(floats);
 }
