@@ -14,16 +14,23 @@ Item = TypeVar("Item")
 
 _out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 _error = Console(highlight=False, soft_wrap=True, stderr=True)
+_speaker = ""
+
+
+def speak_as(name: str) -> None:
+    """Begin each line with a name, and show no bars: other processes speak beside this one."""
+    global _speaker
+    _speaker = f"{name}: "
 
 
 def say(text: object) -> None:
     """One line on the standard output, never wrapped."""
-    _out.print(Text(str(text)))
+    _out.print(Text(_speaker + str(text)))
 
 
 def warn(text: object) -> None:
     """One line on the standard error."""
-    _error.print(Text(str(text)))
+    _error.print(Text(_speaker + str(text)))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -55,7 +62,7 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callab
         TextColumn("{task.fields[note]}"),
         console=_error,
         transient=True,
-        disable=not _error.is_terminal,
+        disable=bool(_speaker) or not _error.is_terminal,
     ) as bars:
         task = bars.add_task(description, total=total, completed=done, note="")
         yield lambda note="": bars.update(task, advance=1, note=note)

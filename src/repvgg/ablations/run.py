@@ -4,14 +4,17 @@ import csv
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from repvgg.ablations.jobs import Job, side_by_side
 from repvgg.checkpoint import load
 from repvgg.console import say
 from repvgg.errors import InputError
@@ -24,7 +27,7 @@ from repvgg.reproduce.report import Report
 from repvgg.timing import Times, time_in_turn
 from repvgg.training.config import TrainConfig
 from repvgg.training.loop import train
-from repvgg.training.run_folder import require_same_config, write_config
+from repvgg.training.run_folder import RunFolder, require_same_config, write_config
 from repvgg.verification import compare_outputs
 
 # Of the block in both tables, Table 6 prints the speed too.
@@ -62,9 +65,9 @@ class Outcome:
 
 
 def ablate(
-    config: TrainConfig, output: Path, rows: Sequence[str], seeds: Sequence[int]
+    config: TrainConfig, output: Path, rows: Sequence[str], seeds: Sequence[int], jobs: int = 1
 ) -> list[Outcome]:
-    """Train every row with every seed, one after the other, or go on where this was stopped.
+    """Train every row with every seed, or go on where this was stopped.
 
     Returns all that the folder has.
 
@@ -74,9 +77,11 @@ def ablate(
             there, of other rows and seeds too, stay.
         rows: names in `ROWS`.
         seeds: of the runs; all rows with the first one come first.
+        jobs: runs side by side, which share the cores.
 
     Raises:
         InputError: an unknown row, a folder with results of another config, or what `train` raises.
+        Interrupted: SIGINT or SIGTERM came; all states are kept.
     """
     if unknown := sorted(set(rows) - set(ROWS)):
         raise InputError(f"rows: {', '.join(unknown)} unknown; {', '.join(ROWS)} exist")
@@ -84,19 +89,53 @@ def ablate(
         require_same_config(output, config)
     write_config(output, config)
     results = output / RESULTS
-    outcomes = {(o.block, o.seed): o for o in (read_outcomes(results) if results.exists() else ())}
-    for number, (seed, block) in enumerate((s, b) for s in seeds for b in rows):
-        say(f"{block}, seed {seed}: run {number + 1} of {len(rows) * len(seeds)}")
-        if (block, seed) in outcomes:
-            continue
-        run = train(
-            dataclasses.replace(config, block=block, seed=seed), run_path(output, block, seed)
+    outcomes = read_outcomes(results) if results.exists() else []
+    done = {(o.block, o.seed) for o in outcomes}
+    todo = [
+        Job(
+            f"{block}, seed {seed}",
+            dataclasses.replace(config, block=block, seed=seed),
+            run_path(output, block, seed),
         )
-        last = run.read_history()[-1]
-        error = conversion_error(load(run.last))
-        outcomes[block, seed] = Outcome(block, seed, last["test_top1"], last["train_top1"], error)
-        write_outcomes(results, list(outcomes.values()))
-    return list(outcomes.values())
+        for seed in seeds
+        for block in rows
+        if (block, seed) not in done
+    ]
+    say(f"{len(todo)} runs to do, {len(outcomes)} done before")
+    start = time.monotonic()
+    for number, job in enumerate(_trained(todo, jobs), start=1):
+        outcomes.append(outcome_of(job.config, job.path))
+        write_outcomes(results, outcomes)
+        left = (time.monotonic() - start) / number * (len(todo) - number)
+        say(
+            f"{job.name}: top-1 {outcomes[-1].top1:.2%}; {number} of {len(todo)} runs done, about "
+            f"{timedelta(seconds=round(left))} left"
+        )
+    return outcomes
+
+
+def _trained(todo: Sequence[Job], jobs: int) -> Iterator[Job]:
+    """Each when it is done."""
+    if jobs > 1:
+        yield from side_by_side(todo, jobs)
+        return
+    for job in todo:
+        say(job.name)
+        train(job.config, job.path)
+        yield job
+
+
+def outcome_of(config: TrainConfig, path: Path) -> Outcome:
+    """Of a run that is done."""
+    run = RunFolder(path, config, writes=False)
+    last = run.read_history()[-1]
+    return Outcome(
+        config.block,
+        config.seed,
+        last["test_top1"],
+        last["train_top1"],
+        conversion_error(load(run.last)),
+    )
 
 
 def run_path(output: Path, block: str, seed: int) -> Path:

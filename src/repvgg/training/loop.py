@@ -114,7 +114,7 @@ class Run:
     def finish(self) -> RunFolder:
         """Train to the last epoch."""
         self._announce()
-        with _signals() as self.received:
+        with signals_kept() as self.received:
             self.kept_at = time.monotonic()
             while self.epoch <= self.config.epochs:
                 self._train_epoch()
@@ -342,7 +342,7 @@ def _to_be_run(network: Any) -> Any:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals_kept() -> Iterator[list[int]]:
     """The SIGINT and SIGTERM that come meanwhile, which then do not end the process at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
