@@ -98,3 +98,16 @@ def test_each_parameter_is_learned_by_one_optimizer_at_its_own_rate():
     assert rates[id(network.get_classifier().weight)] == (0.2, 0.01, None)
     assert rates[id(network.get_classifier().bias)] == (1.6, 0.0, None)
     assert len(rates) == len(list(network.parameters())) - 1
+
+
+def test_convolutions_that_make_logits_are_not_turned():
+    network = create_model("pspnet_repvgg_small", num_classes=4, width=16)
+    sgd, muon = build_optimizers(network, TrainConfig(optimizer="muon", weight_decay=0.01))
+    turned = {id(p) for group in muon.param_groups for p in group["params"]}
+    decayed = {id(p) for g in sgd.param_groups if g["weight_decay"] for p in g["params"]}
+    of_bias = {False: turned, True: decayed}
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert {conv.bias is not None for conv in convs} == {False, True}
+    for conv in convs:
+        assert id(conv.weight) in of_bias[conv.bias is not None]
+    assert sum(map(len, of_bias.values())) == len(convs)

@@ -22,8 +22,9 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """SGD with momentum; weight decay on the kernels of conv and linear layers only.
 
-    With `optimizer="muon"` a second one takes the kernels of the convolutions. Parameters that need
-    no gradient are left out. Each group has its highest rate as "initial_lr", see `set_rates`.
+    With `optimizer="muon"` a second one takes the kernels of the convolutions but for those with a
+    bias, which make logits: without a batch norm behind it the length of a kernel counts, and Muon
+    fixes it. Parameters that need no gradient are left out. Each group has its highest rate as "initial_lr", see `set_rates`.
 
     Args:
         model: whose parameters are trained.
@@ -33,9 +34,9 @@ def build_optimizers(
     """
     modules = list(model.modules())
     convs = [m for m in modules if isinstance(m, _ConvNd) and m.weight.requires_grad]
-    is_turned = config.optimizer == "muon"
+    turned = [conv for conv in convs if config.optimizer == "muon" and conv.bias is None]
     decayed = [m.weight for m in modules if isinstance(m, nn.Linear)]
-    decayed += [conv.weight for conv in convs if not is_turned]
+    decayed += [conv.weight for conv in convs if conv not in turned]
     shifts = [m.bias for m in modules if isinstance(m, _BatchNorm | nn.Linear)]
     if config.bias_rate == 1:
         shifts = []
@@ -62,10 +63,10 @@ def build_optimizers(
             nesterov=config.nesterov,
         )
     ]
-    if is_turned:
-        counts = sorted({conv.groups for conv in convs})
+    if turned:
+        counts = sorted({conv.groups for conv in turned})
         groups = [
-            _group((c.weight for c in convs if c.groups == n), config.muon_rate, groups=n)
+            _group((c.weight for c in turned if c.groups == n), config.muon_rate, groups=n)
             for n in counts
         ]
         optimizers.append(Muon(groups, momentum=config.momentum))
