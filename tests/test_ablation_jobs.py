@@ -11,6 +11,8 @@ import pytest
 
 from repvgg.ablations.run import read_outcomes
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 ROWS = ("repvgg", "only_3x3", "relu_in_branches")
@@ -34,7 +36,6 @@ def finish(output, jobs, *more, **settings):
     )
 
 
-@pytest.mark.slow
 def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path):
     results = {}
     for jobs in (1, 3):
@@ -55,7 +56,6 @@ def test_a_job_that_fails_stops_the_others_and_is_named(tmp_path):
     assert "failed with exit code 2" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_jobs_end_with_the_command_and_go_on_with_the_next(number, tmp_path):
     arguments = command(tmp_path, 2, epochs=40)
