@@ -51,6 +51,8 @@ enum class Order {
   blocks,  // each thread takes a block of tiles and does all with it, in its own cache
   panels,  // all transform the input; then each takes output channels, so that weights pass once
   points,  // all transform the input; each takes points of the tiles; all transform the output
+  fresh,   // as panels, but weights are kept as they are and transformed each time: a ninth to a
+           // quarter of the memory, and of what has to come from it
 };
 
 // How a convolution is computed. With `rows` 0 directly, else by Winograd tiles of that many

@@ -85,9 +85,10 @@ Engine::Engine(Network network, const Options& options)
 }
 
 std::shared_ptr<PackedConv> Engine::pack(int node, const Algorithm& algorithm) {
+  const char* packing[] = {" ", " ", " points ", " fresh "};  // of each order
   const Conv& conv = network_.nodes[static_cast<std::size_t>(node)].conv;
   std::weak_ptr<PackedConv>& slot =
-      packed_[{node, algorithm.name() + (algorithm.order == Order::points ? " points " : " ") +
+      packed_[{node, algorithm.name() + packing[static_cast<int>(algorithm.order)] +
                          std::to_string(algorithm.vectors)}];
   std::shared_ptr<PackedConv> packed = slot.lock();
   if (!packed) slot = packed = std::make_shared<PackedConv>(isa_, conv, algorithm, pool_);

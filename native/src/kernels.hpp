@@ -9,6 +9,9 @@ namespace rvgg {
 
 constexpr int kMaxRows = 14;      // of a register tile
 constexpr int kMaxProducts = 15;  // of one dimension of a Winograd tile
+// Sums of this many products are made in the registers and then added up: the error of a sum grows
+// with its length, and the inverse transform of a large tile amplifies it.
+constexpr int kChain = 48;
 
 // C[r][j] = bias[j] + sum over s, k of A[r][s][k] B[s][k][j], with or without ReLU.
 struct Product {
@@ -25,7 +28,7 @@ struct Product {
   bool relu;
 };
 
-// The points of a Winograd tile: for each of them C = A B, without bias.
+// The points of a Winograd tile: for each of them C = A B or C += A B, without bias.
 struct PointProducts {
   const float* a;  // A[p][r][k] = a[p * a_point + r * a_row + k]
   std::ptrdiff_t a_point, a_row;
@@ -35,12 +38,15 @@ struct PointProducts {
   const std::uint8_t* weight;     // which of them each point takes
   int points;
   float* c;                       // C[p][r][j], dense
+  bool add = false;               // to what is there
+  const char* next = nullptr;     // what will be needed then, to be fetched meanwhile
+  std::ptrdiff_t next_bytes = 0;
 };
 
 // A 1-D transform of many lines of vectors. Item i of line l is read at src[i * step + l * next]
 // and written at dst[i * dst_step + l * dst_next], `lanes` numbers each.
 struct Lines {
-  const float* src;
+  const void* src;  // fp32, but for `Axis::kernel`
   std::ptrdiff_t step, next;
   float* dst;
   std::ptrdiff_t dst_step, dst_next;
@@ -64,6 +70,8 @@ struct Axis {
   int inputs, step, products, weights;
   std::uint8_t weight[kMaxProducts];  // of each product
   double taps[kMaxProducts][3];       // of each weight
+  // G, of lines in fp32 (0) and in half precision (1), where `src` points to such numbers.
+  TransformFn kernel[2];
   TransformFn input;                  // B^T
   TransformFn output;                 // A^T
   StoreFn store;                      // A^T, bias, ReLU

@@ -87,12 +87,9 @@ void product(const Product& task) {
   }
 }
 
-// Sums of this many products are made in the registers and then added up: the error of a sum grows
-// with its length, and the inverse transform of a large tile amplifies it.
-constexpr int kChain = 48;
-
 template <int Rows, int Vectors, class Weight>
-void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight* b, float* c) {
+void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight* b, float* c,
+                   bool add) {
   const float* row[Rows];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) row[r] = a + r * a_row;
@@ -120,7 +117,7 @@ void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) {
         float* to = c + (r * Vectors + j) * W;
-        store(to, begin ? load(to) + sum[r][j] : sum[r][j]);
+        store(to, begin || add ? load(to) + sum[r][j] : sum[r][j]);
       }
     }
   }
@@ -129,7 +126,7 @@ void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight
 template <class Weight>
 struct Tables {
   using ProductFn = void (*)(const Product&);
-  using PointFn = void (*)(const float*, std::ptrdiff_t, int, const Weight*, float*);
+  using PointFn = void (*)(const float*, std::ptrdiff_t, int, const Weight*, float*, bool);
   ProductFn product[4][kMaxRows + 1]{};
   PointFn point[4][kMaxRows + 1]{};
 
@@ -161,22 +158,26 @@ void run_points(int vectors, const PointProducts& task) {
     const Weight* b = static_cast<const Weight*>(task.b) + task.weight[p] * task.b_weight;
     float* c = task.c + static_cast<std::ptrdiff_t>(p) * task.rows * width;
     const float* a = task.a + p * task.a_point;
+    const char* next = task.next + p * task.next_bytes / task.points;
+    const char* next_end = task.next + (p + 1) * task.next_bytes / task.points;
+    for (; next < next_end; next += kLineBytes) __builtin_prefetch(next, 0, 2);
     int first = 0;
     for (int block = 0; block < blocks; ++block) {
       const int end = (block + 1) * task.rows / blocks;
       kTables<Weight>.point[vectors][end - first](a + first * task.a_row, task.a_row, task.depth, b,
-                                                  c + static_cast<std::ptrdiff_t>(first) * width);
+                                                  c + static_cast<std::ptrdiff_t>(first) * width,
+                                                  task.add);
       first = end;
     }
   }
 }
 
 // Every line: read In numbers, make Out of them, and give them to `finish` with their place.
-template <int In, int Out, class Make, class Finish>
+template <int In, int Out, class Number = float, class Make, class Finish>
 [[gnu::always_inline]] inline void each_line(const Lines& lines, const Make& make,
                                              const Finish& finish) {
   for (int l = 0; l < lines.count; ++l) {
-    const float* src = lines.src + l * lines.next;
+    const auto* src = static_cast<const Number*>(lines.src) + l * lines.next;
     vec in[In], out[Out];
 #pragma GCC unroll 16
     for (int i = 0; i < In; ++i) in[i] = load(src + i * lines.step);
@@ -191,6 +192,45 @@ void transform_input(const Lines& lines) {
 #pragma GCC unroll 16
     for (int i = 0; i < S::kProducts; ++i) store(dst + i * lines.dst_step, t[i]);
   });
+}
+
+// Row I of G times the taps. Rows of a pair of points differ in the sign of the middle one alone, so
+// what comes before it is computed once.
+template <class S, int I>
+[[gnu::always_inline]] inline vec transformed_tap(const vec* g) {
+  constexpr auto row = S::taps()[I];
+  constexpr float a = static_cast<float>(row[0]), b = static_cast<float>(row[1]),
+                  c = static_cast<float>(row[2]);
+  if constexpr (a == 0 && c == 0) return b * g[1];
+  vec sum;
+  if constexpr (a != 0 && c != 0) {
+    sum = a * g[0] + c * g[2];
+  } else if constexpr (a != 0) {
+    sum = a * g[0];
+  } else {
+    sum = c * g[2];
+  }
+  if constexpr (b != 0) sum += b * g[1];
+  return sum;
+}
+
+template <class S, int... I>
+[[gnu::always_inline]] inline void transform_taps(std::integer_sequence<int, I...>, const vec* g,
+                                                  vec* u) {
+  ((u[I] = transformed_tap<S, I>(g)), ...);
+}
+
+template <class S, class Number>
+void transform_kernel(const Lines& lines) {
+  each_line<3, S::kWeights, Number>(
+      lines,
+      [](const vec* g, vec* u) {
+        transform_taps<S>(std::make_integer_sequence<int, S::kWeights>{}, g, u);
+      },
+      [&](float* dst, vec* u) {
+#pragma GCC unroll 16
+        for (int i = 0; i < S::kWeights; ++i) store(dst + i * lines.dst_step, u[i]);
+      });
 }
 
 template <class S>
@@ -241,6 +281,8 @@ constexpr Axis make_axis() {
   for (int i = 0; i < S::kProducts; ++i) {
     axis.weight[i] = static_cast<std::uint8_t>(S::weight(i));
   }
+  axis.kernel[0] = transform_kernel<S, float>;
+  axis.kernel[1] = transform_kernel<S, std::uint16_t>;
   axis.input = transform_input<S>;
   axis.output = transform_output<S>;
   axis.store = store_output<S>;

@@ -58,6 +58,20 @@ void pack_winograd(const Conv& conv, const Axes& axes, const PackedConv::Panel& 
   }
 }
 
+// The taps themselves, [input channel][vector][column of the kernel][row][lane].
+void pack_fresh(const Conv& conv, const PackedConv::Panel& panel, int lanes, Sink& sink) {
+  const int depth = conv.in_channels / conv.groups;
+  for (int k = 0; k < depth; ++k) {
+    for (int j = 0; j < panel.columns; ++j) {
+      const float* tap = conv.weight + (std::ptrdiff_t{panel.first + j} * depth + k) * 9;
+      const std::ptrdiff_t vector = std::ptrdiff_t{k} * panel.vectors + j / lanes;
+      for (int x = 0; x < 3; ++x) {
+        for (int y = 0; y < 3; ++y) sink.put(((vector * 3 + x) * 3 + y) * lanes + j % lanes, tap[3 * y + x]);
+      }
+    }
+  }
+}
+
 void pack_direct(const Conv& conv, const PackedConv::Panel& panel, int width, Sink& sink) {
   const int depth = conv.in_channels / conv.groups;
   const int taps = conv.taps();
@@ -78,8 +92,10 @@ PackedConv::PackedConv(const Isa& isa, const Conv& conv, const Algorithm& algori
   const int outputs = conv.out_channels / conv.groups;
   const int depth = conv.in_channels / conv.groups;
   const Axes axes = algorithm.winograd() ? axes_of(isa, conv, algorithm) : Axes{};
-  const int weights = algorithm.winograd() ? axes.rows->weights * axes.columns->weights : conv.taps();
   const bool by_points = algorithm.winograd() && algorithm.order == Order::points;
+  const bool is_fresh = algorithm.winograd() && algorithm.order == Order::fresh;
+  const int weights = algorithm.winograd() && !is_fresh ? axes.rows->weights * axes.columns->weights
+                                                        : conv.taps();
   std::size_t size = 0, biases = 0;
   for (int group = 0; group < conv.groups; ++group) {
     for (int first = 0; first < outputs;) {
@@ -106,7 +122,9 @@ PackedConv::PackedConv(const Isa& isa, const Conv& conv, const Algorithm& algori
   pool.each(static_cast<std::int64_t>(panels_.size()), [&](int, std::int64_t item) {
     const Panel& panel = panels_[static_cast<std::size_t>(item)];
     Sink sink(weights_, conv.half, panel.weights);
-    if (algorithm.winograd()) {
+    if (is_fresh) {
+      pack_fresh(conv, panel, isa.lanes, sink);
+    } else if (algorithm.winograd()) {
       pack_winograd(conv, axes, panel, panel.vectors * isa.lanes, sink);
     } else {
       pack_direct(conv, panel, panel.vectors * isa.lanes, sink);

@@ -43,7 +43,7 @@ bool from_text(const std::string& text, Algorithm& a) {
     return false;
   }
   a.order = static_cast<Order>(order);
-  return order >= 0 && order <= 2 && a.rows >= 0 && a.rows <= 16 && a.columns >= 0 && a.columns <= 16 && a.block >= 1 &&
+  return order >= 0 && order <= 3 && a.rows >= 0 && a.rows <= 16 && a.columns >= 0 && a.columns <= 16 && a.block >= 1 &&
          a.block <= 1024 && a.vectors >= 1 && a.vectors <= 3;
 }
 
@@ -103,8 +103,13 @@ double Tuner::model(const Conv& conv, const Algorithm& a, int images, int height
   if (a.winograd()) {
     const Axis& r = *isa_.axis(a.rows, conv.stride);
     const Axis& c = *isa_.axis(a.columns, conv.stride);
-    weights = bytes * in / conv.groups * out * r.weights * c.weights;
     const double tiles = tiles_of(conv, a, images, height, width);
+    if (a.order == Order::fresh) {
+      const double times = std::max(1.0, tiles / a.block);
+      compute += times * in / conv.groups * out * 2.0 * (3 + c.weights) * r.weights / (flops_ / 3);
+    } else {
+      weights = bytes * in / conv.groups * out * r.weights * c.weights;
+    }
     // About 4 operations a number and pass in the transforms, at a third of the peak.
     const double numbers = (in + out) * 2.0 * r.products * c.products;
     compute += tiles * numbers * 4 / (flops_ / 3);
@@ -120,7 +125,7 @@ double Tuner::model(const Conv& conv, const Algorithm& a, int images, int height
   }
   const double traffic = (weights + 4.0 * images * (in * height * width)) / bandwidth_;
   return std::max(compute / threads, traffic) + 0.3 * std::min(compute / threads, traffic) +
-         3e-6 * static_cast<int>(a.order);
+         3e-6 * std::min(static_cast<int>(a.order), 2);
 }
 
 std::vector<Algorithm> Tuner::candidates(const Conv& conv, int images, int height,
@@ -142,10 +147,11 @@ std::vector<Algorithm> Tuner::candidates(const Conv& conv, int images, int heigh
         const double tiles = tiles_of(conv, tile, images, height, width);
         const double points = r->products * c->products;
         const double pairs = static_cast<double>(conv.in_channels) / conv.groups * conv.out_channels;
-        if (4.0 * pairs * r->weights * c->weights > kMaxWeights) continue;
-        for (int block : {6, 12, 24, 48}) {
-          for (Order order : {Order::blocks, Order::panels, Order::points}) {
+        for (int block : {6, 12, 24, 48, 96}) {
+          for (Order order : {Order::blocks, Order::panels, Order::points, Order::fresh}) {
             if (order == Order::points && block != 12) continue;  // it has none
+            if (order == Order::fresh ? block < 12 : block > 48) continue;
+            if (order != Order::fresh && 4.0 * pairs * r->weights * c->weights > kMaxWeights) continue;
             if (block > 6 && block > tiles && order != Order::points) continue;
             const double shared = tiles * points * (conv.in_channels + conv.out_channels);
             if (order != Order::blocks && shared > static_cast<double>(kMaxShared)) continue;

@@ -13,6 +13,10 @@ std::ptrdiff_t odd_lines(std::ptrdiff_t floats) {
   return (lines | 1) * 16;
 }
 
+// Input channels whose weights are transformed together: the half transformed ones stay in the first
+// cache.
+constexpr int kTapsAtOnce = 8;
+
 // One Winograd convolution of one batch.
 class Winograd {
  public:
@@ -48,7 +52,8 @@ class Winograd {
     return static_cast<std::size_t>(points_) * static_cast<std::size_t>(tiles * vectors * isa_.lanes);
   }
   std::size_t lines_size() const {
-    return static_cast<std::size_t>(kMaxProducts * kMaxProducts * isa_.lanes);
+    const int of_tile = kMaxProducts * kMaxProducts, of_taps = kMaxProducts * kTapsAtOnce * 3 * 3;
+    return static_cast<std::size_t>(std::max(of_tile, of_taps) * isa_.lanes);
   }
 
   // B^T d B of the tile into row `slot` of each point.
@@ -93,6 +98,31 @@ class Winograd {
                    products + point * c_point() + count * static_cast<std::ptrdiff_t>(panel.bias)});
     }
   }
+
+  // As `multiply`, of weights that are transformed here, a part of the input channels at a time.
+  void multiply_fresh(const PackedConv::Panel& panel, std::int64_t first, std::int64_t end,
+                      const float* a, std::ptrdiff_t a_point, float* products, float* u,
+                      float* lines) const {
+    const int count = static_cast<int>(end - first), width = panel.vectors * isa_.lanes;
+    const int depth = conv_.in_channels / conv_.groups;
+    const std::ptrdiff_t bytes = conv_.half ? sizeof(std::uint16_t) : sizeof(float);
+    for (int k = 0; k < depth; k += kChain) {
+      const int part = std::min(kChain, depth - k);
+      const char* taps = static_cast<const char*>(packed_.weights(panel)) + bytes * k * 9 * width;
+      transform_weights(taps, part, panel.vectors, u, lines);
+      isa_.points[0](panel.vectors,
+                     {a + first * a_row_ + std::ptrdiff_t{panel.group} * depth + k, a_point, a_row_,
+                      count, part, u, u_weight(panel.vectors), weight_, points_, products, k > 0,
+                      taps + bytes * part * 9 * width, bytes * part * 9 * width});
+    }
+    for (std::int64_t tile = first; tile < end; ++tile) {
+      store(panel, tile, products + (tile - first) * width, std::ptrdiff_t{count} * width, lines);
+    }
+  }
+  std::size_t fresh_size(int vectors) const {
+    return static_cast<std::size_t>(axes_.rows->weights * axes_.columns->weights * u_weight(vectors));
+  }
+
   int points() const { return points_; }
   std::ptrdiff_t c_point() const {
     const PackedConv::Panel& last = packed_.panels().back();
@@ -117,6 +147,25 @@ class Winograd {
     const std::int64_t line = tile / columns_.size();
     return {line / rows_.size(), &rows_.tiles[static_cast<std::size_t>(line % rows_.size())],
             &columns_.tiles[static_cast<std::size_t>(tile % columns_.size())]};
+  }
+
+  std::ptrdiff_t u_weight(int vectors) const { return kChain * vectors * isa_.lanes; }
+
+  // G g G^T of the taps of `count` input channels: U[weight][input channel][output channel].
+  void transform_weights(const char* taps, int count, int vectors, float* u, float* lines) const {
+    const int lanes = isa_.lanes, width = vectors * lanes;
+    const std::ptrdiff_t bytes = conv_.half ? sizeof(std::uint16_t) : sizeof(float);
+    for (int k = 0; k < count; k += kTapsAtOnce) {
+      const int part = std::min(kTapsAtOnce, count - k) * vectors;
+      const std::ptrdiff_t line = std::ptrdiff_t{part} * 3 * lanes;
+      axes_.rows->kernel[conv_.half](
+          {taps + bytes * k * 9 * width, lanes, 3 * lanes, lines, line, lanes, 3 * part});
+      for (int i = 0; i < axes_.rows->weights; ++i) {
+        axes_.columns->kernel[0]({lines + i * line, lanes, 3 * lanes,
+                                  u + i * axes_.columns->weights * u_weight(vectors) + k * width,
+                                  u_weight(vectors), lanes, part});
+      }
+    }
   }
 
   // A^T m A, bias and ReLU; the products of a tile's points are `point` apart.
@@ -185,24 +234,31 @@ void run_by_blocks(const Winograd& job, const PackedConv& packed, int block, int
 
 // All threads transform all tiles; then each takes panels, so that the weights pass once.
 void run_by_panels(const Winograd& job, const PackedConv& packed, int block, int vectors,
-                   Pool& pool, Scratch& scratch) {
+                   bool is_fresh, Pool& pool, Scratch& scratch) {
   const std::int64_t tiles = job.tiles();
   const std::int64_t blocks = (tiles + block - 1) / block;
   const std::int64_t largest = (tiles + blocks - 1) / blocks;
   const std::ptrdiff_t a_point = job.a_point(tiles);
   const std::size_t c_size = whole_lines(job.products_size(static_cast<int>(largest), vectors));
+  const std::size_t u_size = is_fresh ? job.fresh_size(vectors) : 0;
   scratch.shared.reserve(job.transformed_size(tiles));
-  reserve(scratch, c_size + job.lines_size());
+  reserve(scratch, c_size + u_size + job.lines_size());
   float* a = scratch.shared.data();
   pool.each(tiles, [&](int thread, std::int64_t tile) {
     job.transform(tile, a, a_point, tile, of_thread(scratch, thread));
   });
   pool.each(static_cast<std::int64_t>(packed.panels().size()), [&](int thread, std::int64_t item) {
+    const PackedConv::Panel& panel = packed.panels()[static_cast<std::size_t>(item)];
     float* products = of_thread(scratch, thread);
+    float* u = products + c_size;
+    float* lines = u + u_size;
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t first = b * tiles / blocks, end = (b + 1) * tiles / blocks;
-      job.multiply(packed.panels()[static_cast<std::size_t>(item)], first, end, a, a_point, first,
-                   products, products + c_size);
+      if (is_fresh) {
+        job.multiply_fresh(panel, first, end, a, a_point, products, u, lines);
+      } else {
+        job.multiply(panel, first, end, a, a_point, first, products, lines);
+      }
     }
   });
 }
@@ -233,8 +289,11 @@ void run_winograd(const Isa& isa, const PackedConv& packed, const Algorithm& alg
                   const Map& input, const Map& output, Pool& pool, Scratch& scratch) {
   const Winograd job(isa, packed, algorithm, input, output);
   if (algorithm.order == Order::points) return run_by_points(job, pool, scratch);
-  (algorithm.order == Order::panels ? run_by_panels : run_by_blocks)(
-      job, packed, algorithm.block, algorithm.vectors, pool, scratch);
+  if (algorithm.order == Order::blocks) {
+    return run_by_blocks(job, packed, algorithm.block, algorithm.vectors, pool, scratch);
+  }
+  run_by_panels(job, packed, algorithm.block, algorithm.vectors, algorithm.order == Order::fresh,
+                pool, scratch);
 }
 
 }  // namespace rvgg
