@@ -107,7 +107,7 @@ def run_one(case, isa):
     algorithm = " ".join(
         str(int(case[key])) for key in ("rows", "columns", "vectors", "block", "order")
     )
-    engine = native.Engine(builder, case["threads"], False, "none", isa, "fp32", algorithm)
+    engine = native.Engine(builder, case["threads"], False, "none", isa, "fp32", False, algorithm)
     found = engine(x).reshape(-1)
     again = engine(x).reshape(-1)
     x64, weight64, bias64 = (torch.from_numpy(a).double() for a in (x, weight, bias))
@@ -148,7 +148,7 @@ def test_forced_tile_is_the_one_in_use(rows, isa):
     builder = native.Builder([0.0] * 8, [1.0] * 8)
     weight = np.ones((8, 8, 3, 3), np.float32)
     builder.conv("conv", 0, weight, np.zeros(8, np.float32), 1, 1, 1, True)
-    engine = native.Engine(builder, 1, False, "none", isa, "fp32", f"{rows} 4 1 12 0")
+    engine = native.Engine(builder, 1, False, "none", isa, "fp32", algorithm=f"{rows} 4 1 12 0")
     layers = engine.profile(1, 28, 28, 1)
     assert layers[1]["algorithm"] == f"F({rows}x4)"
     assert engine.isa == isa
@@ -165,6 +165,18 @@ def test_whole_network(name, tune, imagenet_sample):
     images = photographs(imagenet_sample, 2)
     engine = repvgg.compile(network, threads=2, tune=tune)
     assert relative_error(engine(images), network, images) < 1e-5
+
+
+@pytest.mark.parametrize("tune", ["fast", None])
+def test_a_compact_engine_keeps_the_weights_as_they_are(tune):
+    network = plain("repvgg_a0", 10)
+    images = torch.randn(2, 3, 96, 96)
+    engine = repvgg.compile(network, threads=2, tune=tune, compact=True)
+    assert relative_error(engine(images), network, images) < 1e-5
+    parameters = 4 * sum(p.numel() for p in network.parameters())
+    # Each layer's are padded to whole vectors and large pages.
+    assert parameters <= engine.memory.weights < 1.5 * parameters
+    assert {row.algorithm for row in engine.plan} - {"", "direct"}
 
 
 @pytest.mark.parametrize("isa", instruction_sets())

@@ -15,7 +15,7 @@ class Bands {
  public:
   struct Layer {
     std::shared_ptr<const PackedConv> packed;
-    Algorithm algorithm;  // in blocks
+    Algorithm algorithm;
     int height, width;    // of its input
   };
   // Writes row y of an image, normalized, one pixel after the other.

@@ -74,7 +74,7 @@ Engine::Engine(Network network, const Options& options)
       band_rows_(options.band_rows),
       isa_(checked_isa(options.isa)),
       pool_(checked_threads(options.threads), options.pin),
-      tuner_(isa_, pool_, options.tuning) {
+      tuner_(isa_, pool_, options.tuning, options.compact) {
   network_.check();
   for (std::size_t c = 0; c < network_.mean.size(); ++c) {
     scale_.push_back(1.0f / (255.0f * network_.deviation[c]));

@@ -19,6 +19,7 @@ struct Options {
   bool pin = false;  // each thread to a core of its own
   Tuning tuning = Tuning::fast;
   bool half = false;  // weights in half precision; the arithmetic stays in single
+  bool compact = false;  // transformed weights are never kept: less memory, more work
   std::string isa;   // "": the best that the processor has, or RVGG_ISA of the environment
   std::string algorithm;  // for tests: of every layer that it can compute, as `Tuner` writes it
   int band_rows = -1;     // for tests: of the first layers, 0 for none; -1: as is best

@@ -70,9 +70,10 @@ class Builder {
 };
 
 rvgg::Options options(int threads, bool pin, const std::string& tune, const std::string& isa,
-                      const std::string& weights, const std::string& algorithm,
+                      const std::string& weights, bool compact, const std::string& algorithm,
                       int band_rows) {
   rvgg::Options result;
+  result.compact = compact;
   result.band_rows = band_rows;
   if (weights != "fp32" && weights != "fp16") {
     throw rvgg::Error("weights: 'fp32' or 'fp16' needed, found '" + weights + "'");
@@ -173,21 +174,21 @@ NB_MODULE(_native, m) {
   nb::class_<rvgg::Engine>(m, "Engine")
       .def("__init__",
            [](rvgg::Engine* self, Builder& builder, int threads, bool pin, const std::string& tune,
-              const std::string& isa, const std::string& weights, const std::string& algorithm,
-              int band_rows) {
+              const std::string& isa, const std::string& weights, bool compact,
+              const std::string& algorithm, int band_rows) {
              new (self) rvgg::Engine(
-                 builder.take(), options(threads, pin, tune, isa, weights, algorithm, band_rows));
+                 builder.take(), options(threads, pin, tune, isa, weights, compact, algorithm, band_rows));
            },
-           "builder"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a, "weights"_a, "algorithm"_a = "",
+           "builder"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a, "weights"_a, "compact"_a = false, "algorithm"_a = "",
            "band_rows"_a = -1)
       .def_static(
           "load",
           [](const std::string& path, int threads, bool pin, const std::string& tune,
-             const std::string& isa, const std::string& weights) {
+             const std::string& isa, const std::string& weights, bool compact) {
             return std::make_unique<rvgg::Engine>(rvgg::Network::load(path),
-                                                  options(threads, pin, tune, isa, weights, "", -1));
+                                                  options(threads, pin, tune, isa, weights, compact, "", -1));
           },
-          "path"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a, "weights"_a)
+          "path"_a, "threads"_a, "pin"_a, "tune"_a, "isa"_a, "weights"_a, "compact"_a = false)
       .def("save", [](const rvgg::Engine& engine,
                       const std::string& path) { engine.network().save(path); })
       .def("__call__", &run, "images"_a)

@@ -21,10 +21,11 @@ constexpr double kMaxWeights = 1.5e9;                   // bytes of one layer's 
 constexpr std::size_t kMeasured = 5;                    // by the fast tuning
 constexpr const char* kBands = "bands ";
 
-std::string key(const Isa& isa, int threads, const Conv& conv, int images, int height, int width) {
+std::string key(const Isa& isa, bool compact, int threads, const Conv& conv, int images, int height,
+                int width) {
   char text[160];
-  std::snprintf(text, sizeof text, "%s%s t%d %dx%d k%d g%d s%d d%d n%d %dx%d", isa.name,
-                conv.half ? " half" : "", threads, conv.in_channels, conv.out_channels, conv.kernel, conv.groups, conv.stride,
+  std::snprintf(text, sizeof text, "%s%s%s t%d %dx%d k%d g%d s%d d%d n%d %dx%d", isa.name,
+                conv.half ? " half" : "", compact ? " compact" : "", threads, conv.in_channels, conv.out_channels, conv.kernel, conv.groups, conv.stride,
                 conv.dilation, images, height, width);
   return text;
 }
@@ -150,7 +151,7 @@ std::vector<Algorithm> Tuner::candidates(const Conv& conv, int images, int heigh
         for (int block : {6, 12, 24, 48, 96}) {
           for (Order order : {Order::blocks, Order::panels, Order::points, Order::fresh}) {
             if (order == Order::points && block != 12) continue;  // it has none
-            if (order == Order::fresh ? block < 12 : block > 48) continue;
+            if (order == Order::fresh ? block < 12 : block > 48 || compact_) continue;
             if (order != Order::fresh && 4.0 * pairs * r->weights * c->weights > kMaxWeights) continue;
             if (block > 6 && block > tiles && order != Order::points) continue;
             const double shared = tiles * points * (conv.in_channels + conv.out_channels);
@@ -207,7 +208,7 @@ Algorithm Tuner::choose(const Conv& conv, int images, int height, int width) {
     return {0, 0, std::min(forced_->vectors, isa_.max_vectors), forced_->block};
   }
   if (tuning_ != Tuning::none) calibrate();
-  const std::string name = key(isa_, pool_.threads(), conv, images, height, width);
+  const std::string name = key(isa_, compact_, pool_.threads(), conv, images, height, width);
   if (const auto found = chosen_.find(name); found != chosen_.end()) {
     if (applicable(isa_, conv, found->second)) return found->second;
   }
@@ -254,7 +255,7 @@ Algorithm Tuner::choose(const Conv& conv, int images, int height, int width) {
 bool Tuner::prefers_bands(const std::string& network, bool expected,
                           const std::function<bool()>& measure) {
   if (tuning_ == Tuning::none) return expected;
-  const std::string name = kBands + std::string(isa_.name) + " t" +
+  const std::string name = kBands + std::string(isa_.name) + (compact_ ? " compact t" : " t") +
                            std::to_string(pool_.threads()) + " " + network;
   if (!bands_.contains(name)) bands_[name] = measure();
   return bands_[name];

@@ -19,8 +19,9 @@ enum class Tuning {
 
 class Tuner {
  public:
-  Tuner(const Isa& isa, Pool& pool, Tuning tuning)
-      : isa_(isa), pool_(pool), tuning_(tuning), flops_(12e9 * isa.lanes) {}
+  // compact: only what keeps no transformed weights.
+  Tuner(const Isa& isa, Pool& pool, Tuning tuning, bool compact = false)
+      : isa_(isa), pool_(pool), tuning_(tuning), compact_(compact), flops_(12e9 * isa.lanes) {}
 
   Algorithm choose(const Conv& conv, int images, int height, int width);
 
@@ -50,6 +51,7 @@ class Tuner {
   const Isa& isa_;
   Pool& pool_;
   Tuning tuning_;
+  bool compact_;
   double peak_ = 0;  // measured operations of one thread in a second
   // What the model reckons with. Without tuning these are usual values and not measured, so that
   // the same network always gets the same plan, and gives the same logits to the last bit.

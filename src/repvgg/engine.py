@@ -212,6 +212,7 @@ class Engine:
         threads: int | None = None,
         tune: Tune | None = "fast",
         weights: Weights = "fp32",
+        compact: bool = False,
         isa: str | None = None,
         pin: bool = False,
     ) -> "Engine":
@@ -219,7 +220,7 @@ class Engine:
 
         Args:
             path: of the file. It is checked whole, and never runs code.
-            threads, tune, weights, isa, pin: see `repvgg.compile`.
+            threads, tune, weights, compact, isa, pin: see `repvgg.compile`.
 
         Raises:
             InputError: the file is cut, altered, or none of these; a wrong argument.
@@ -227,7 +228,13 @@ class Engine:
         native = _module()
         try:
             made = native.Engine.load(
-                str(existing_file(path)), threads or 0, pin, tune or "none", isa or "", weights
+                str(existing_file(path)),
+                threads or 0,
+                pin,
+                tune or "none",
+                isa or "",
+                weights,
+                compact,
             )
         except native.NativeError as error:
             raise InputError(str(error)) from None
@@ -240,6 +247,7 @@ def compile(
     threads: int | None = None,
     tune: Tune | None = "fast",
     weights: Weights = "fp32",
+    compact: bool = False,
     isa: str | None = None,
     pin: bool = False,
 ) -> Engine:
@@ -253,6 +261,8 @@ def compile(
             None trusts the model of costs.
         weights: `fp16` stores them in half precision and computes in single: half the memory and
             traffic, for an error of the logits of about 3e-4.
+        compact: keep the weights as they are and transform them each time they are read: a ninth
+            to a quarter of their memory, for more time.
         isa: instruction set: `avx512`, `avx2`, `neon`, `portable`; the best that the processor
             has if None, or what the environment variable RVGG_ISA says.
         pin: each thread to a core of its own.
@@ -291,7 +301,9 @@ def compile(
                 kind = KINDS[node.kind]
                 builder.other(kind, node.name, node.inputs, node.bins, node.align_corners)
         builder.class_names(list(getattr(network, "class_names", None) or ()))
-        made = native.Engine(builder, threads or 0, pin, tune or "none", isa or "", weights)
+        made = native.Engine(
+            builder, threads or 0, pin, tune or "none", isa or "", weights, compact
+        )
     except native.NativeError as error:
         raise InputError(str(error)) from None
     return Engine(made, tune)
