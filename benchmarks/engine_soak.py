@@ -2,9 +2,9 @@
 
 `python benchmarks/engine_soak.py [--minutes N] [--callers N] [--model NAME] [--json FILE]`. Four
 threads call two engines, of one and of two threads, with random batches of random sizes; every
-result is compared with PyTorch's in double precision. The resident memory is noted at intervals: it
-must not grow once the plans that are kept have been through their cache. Exits with 1 if a result is
-wrong or the memory grew.
+result is compared with PyTorch's in double precision. The resident memory is noted at intervals:
+it must not grow once the plans that are kept have been through their cache. Exits with 1 if a
+result is wrong or the memory grew.
 """
 
 import json

@@ -24,7 +24,8 @@ def build_optimizers(
 
     With `optimizer="muon"` a second one takes the kernels of the convolutions but for those with a
     bias, which make logits: without a batch norm behind it the length of a kernel counts, and Muon
-    fixes it. Parameters that need no gradient are left out. Each group has its highest rate as "initial_lr", see `set_rates`.
+    fixes it. Parameters that need no gradient are left out. Each group has its highest rate as
+    "initial_lr", see `set_rates`.
 
     Args:
         model: whose parameters are trained.
