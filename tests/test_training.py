@@ -52,6 +52,22 @@ def test_the_cifar10_recipe_trains_a_whitened_network_of_at_most_2_5_million_par
     assert sum(p.numel() for p in plain.parameters()) == 2_102_090 <= 2_500_000
 
 
+def test_the_other_branches_of_a_block_can_begin_smaller():
+    images = open_images("digits", "train")
+    networks = [
+        build_network(dataclasses.replace(SHORT, branch_scale=scale), images)
+        for scale in (1.0, 0.25)
+    ]
+    expected = networks[0].state_dict()
+    for name, tensor in networks[1].state_dict().items():
+        is_smaller = name.endswith(("conv1x1.bn.weight", "identity.bn.weight"))
+        assert torch.equal(tensor, expected[name] * (0.25 if is_smaller else 1))
+    # The stem's 1×1 branch has a batch norm, and no layer of this network lacks one.
+    assert sum(name.endswith("conv1x1.bn.weight") for name in expected) > 3
+    with pytest.raises(InputError, match="branch_scale: for a network without pretrained"):
+        TrainConfig(branch_scale=0.1, pretrained="hub")
+
+
 def coloured(index):
     """Random pixels."""
     pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repvgg.branches import MultiBranchBlock
 from repvgg.checkpoint import load_weights
 from repvgg.data.images import Images, open_images
 from repvgg.data.loader import Loader, derived_seed
@@ -143,9 +144,22 @@ def build_network(config: TrainConfig, images: Images) -> RepVGG:
     if config.pretrained not in ("", "hub"):
         load_weights(network, config.pretrained)
     network.set_class_names(images.class_names)
+    if config.branch_scale != 1:
+        scale_side_branches(network, config.branch_scale)
     if config.whiten_stem:
         whiten_stem(network, images)
     return network
+
+
+def scale_side_branches(network: nn.Module, scale: float) -> None:
+    """Let the batch norms of every branch but the first of each block begin with this scale."""
+    for block in network.modules():
+        if not isinstance(block, MultiBranchBlock):
+            continue
+        for branch in list(block.branches.values())[1:]:
+            for module in branch.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.constant_(module.weight, scale)
 
 
 def auxiliary_weight(config: TrainConfig) -> float:

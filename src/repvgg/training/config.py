@@ -124,6 +124,8 @@ class TrainConfig(RunConfig):
         pretrained: weights to begin with: a file, or `hub` for timm's published ones.
         whiten_stem: fix the 3×3 kernel of the first layer to the directions in which patches of the
             training images vary, each of unit variance.
+        branch_scale: what the batch norms of the branches beside the first, the 3×3, begin with; 1 in
+            the paper. Beside a 3×3 branch that learns fast, smaller ones are not in its way.
         data: folder with train/ and val/, each with a folder a class; `cifar10:DIR`; `digits`.
         augmentation: random changes of the training images: a resized part and a flip, the same
             with AutoAugment, a shift by up to 1/8 and a flip, a shift with reflected borders and a
@@ -140,6 +142,7 @@ class TrainConfig(RunConfig):
     block: str = ""
     pretrained: str = ""
     whiten_stem: bool = False
+    branch_scale: float = 1.0
     data: str = ""
     augmentation: Augmentation = "crop-flip"
     label_smoothing: float = 0.0
@@ -152,6 +155,8 @@ class TrainConfig(RunConfig):
         require_one_of(self, "augmentation", get_args(Augmentation))
         if self.whiten_stem and self.pretrained:
             raise InputError("whiten_stem: for a network without pretrained weights only")
+        if self.branch_scale != 1 and self.pretrained:
+            raise InputError("branch_scale: for a network without pretrained weights only")
 
 
 def require_bounds(config: Any, bounds: tuple[tuple[str, float, float], ...]) -> None:
@@ -187,6 +192,7 @@ BOUNDS = (
     ("warmup_epochs", 0, UNBOUNDED),
     ("muon_rate", 0, 1),
     ("bias_rate", 0, UNBOUNDED),
+    ("branch_scale", 0, UNBOUNDED),
     ("momentum", 0, 1),
     ("weight_decay", 0, UNBOUNDED),
     ("label_smoothing", 0, 0.99),

@@ -27,6 +27,7 @@ def cifar10() -> TrainConfig:
     return TrainConfig(
         model="repvgg_cifar",
         whiten_stem=True,
+        branch_scale=0.1,
         epochs=20,
         batch_size=256,
         base_batch_size=256,
