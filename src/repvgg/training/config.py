@@ -124,8 +124,8 @@ class TrainConfig(RunConfig):
         pretrained: weights to begin with: a file, or `hub` for timm's published ones.
         whiten_stem: fix the 3×3 kernel of the first layer to the directions in which patches of the
             training images vary, each of unit variance.
-        branch_scale: what the batch norms of the branches beside the first, the 3×3, begin with; 1 in
-            the paper. Beside a 3×3 branch that learns fast, smaller ones are not in its way.
+        branch_scale: what the batch norms of the branches beside the first, the 3×3, begin with; 1
+            in the paper. Smaller ones are not in the way of a 3×3 branch that learns fast.
         data: folder with train/ and val/, each with a folder a class; `cifar10:DIR`; `digits`.
         augmentation: random changes of the training images: a resized part and a flip, the same
             with AutoAugment, a shift by up to 1/8 and a flip, a shift with reflected borders and a
