@@ -58,7 +58,7 @@ def test_a_job_that_fails_stops_the_others_and_is_named(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_jobs_end_with_the_command_and_go_on_with_the_next(number, tmp_path):
-    arguments = command(tmp_path, 2, epochs=40)
+    arguments = command(tmp_path, 2, epochs=12)
     with subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
         states = [tmp_path / f"{row}-seed0" / "history.csv" for row in ROWS[:2]]
         wait_until(lambda: all(path.exists() for path in states))
@@ -66,7 +66,7 @@ def test_jobs_end_with_the_command_and_go_on_with_the_next(number, tmp_path):
     assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
     wait_until(lambda: not trainings_in(tmp_path))
     assert not (tmp_path / "results.csv").exists()
-    done = finish(tmp_path, 2, epochs=40)
+    done = finish(tmp_path, 2, epochs=12)
     assert done.returncode == 0, done.stderr
     for row in ROWS[:2]:
         assert f"{row}, seed 0: going on at step" in done.stdout
