@@ -1,8 +1,11 @@
 """Shards from elsewhere, through the cache."""
 
+import fcntl
 import functools
 import http.server
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from typing import ClassVar
@@ -210,6 +213,21 @@ def test_a_lost_shard_is_no_broken_image_but_an_error_of_the_loader(packed, cach
     for workers in (0, 1):
         with pytest.raises(ShardError, match="cannot be fetched"):
             next(Loader(images, transform, 2, workers=workers).epoch())
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_a_lock(tmp_path):
+    path = tmp_path / "shard.lock"
+    with store._locked(path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with open(path, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_two_processes_at_once_fetch_each_shard_once(packed, cache):

@@ -147,4 +147,8 @@ def _locked(path: Path) -> Iterator[None]:
         raise ShardError(f"{path.parent}: cannot write in this folder ({error})") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            # A worker that was forked meanwhile has the file open too, so closing it is not enough.
+            fcntl.flock(file, fcntl.LOCK_UN)
