@@ -236,7 +236,7 @@ def assert_same_top1(engine, network, images):
     found = torch.cat([engine(batch) for batch in images.split(20)])
     # Random weights give nearly all images the same class, unless a bias takes out the mean.
     classes = (logits - logits.mean(0)).argmax(1)
-    assert len(classes.unique()) > len(images) // 4
+    assert len(classes.unique()) > 10
     assert torch.equal((found - logits.mean(0)).argmax(1), classes)
 
 
