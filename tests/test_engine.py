@@ -475,7 +475,11 @@ def test_plan_is_a_table():
     assert len(convs) == 23  # 22 layers of 3×3 and the classifier
     assert plan[1].shape == (48, 32, 32)
     assert all(0 < row.share_of_limit < 1.5 for row in convs)
-    assert "stages.3.13.conv" in str(plan)
+    lines = str(plan).splitlines()
+    assert any(line.startswith("stages.3.13.conv ") for line in lines)
+    # Right-aligned below their headings, however long the names are.
+    place = lines[0].index("ms") + 2
+    assert all(line[place - 3 : place].isdigit() for line in lines[1:])
     assert engine.memory.weights > 0
 
 

@@ -64,6 +64,9 @@ def test_the_other_branches_of_a_block_can_begin_smaller():
         assert torch.equal(tensor, expected[name] * (0.25 if is_smaller else 1))
     # The stem's 1×1 branch has a batch norm, and no layer of this network lacks one.
     assert sum(name.endswith("conv1x1.bn.weight") for name in expected) > 3
+    for block in ("plain", "only_3x3", "norm_after_addition"):
+        with pytest.raises(InputError, match="branch_scale: blocks with several branches"):
+            build_network(dataclasses.replace(SHORT, branch_scale=0.25, block=block), images)
     with pytest.raises(InputError, match="branch_scale: for a network without pretrained"):
         TrainConfig(branch_scale=0.1, pretrained="hub")
 

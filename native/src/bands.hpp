@@ -16,7 +16,7 @@ class Bands {
   struct Layer {
     std::shared_ptr<const PackedConv> packed;
     Algorithm algorithm;
-    int height, width;    // of its input
+    int height, width;  // of its input
   };
   // Writes row y of an image, normalized, one pixel after the other.
   using Read = std::function<void(int image, int y, float* row)>;

@@ -167,8 +167,9 @@ Engine::Ready Engine::with_or_without_bands(int count, int height, int width) {
     name += " k" + std::to_string(conv.out_channels) + " s" + std::to_string(conv.stride) + " g" +
             std::to_string(conv.groups) + (conv.half ? " half" : "");
   }
-  Ready cut = make(count, height, width, banded);
+  Ready cut;
   const bool better = tuner_.prefers_bands(name, whole.packed[last]->bytes() <= kBandBytes, [&] {
+    cut = make(count, height, width, banded);
     const std::vector<float> zeros = zero_images(count, height, width, network_.in_channels);
     const Images images = Images::contiguous(zeros.data(), Format::floats, count, height, width,
                                              network_.in_channels);
@@ -180,7 +181,8 @@ Engine::Ready Engine::with_or_without_bands(int count, int height, int width) {
     }
     return least[1] < least[0];
   });
-  return better ? std::move(cut) : std::move(whole);
+  if (!better) return whole;
+  return cut.bands ? std::move(cut) : make(count, height, width, banded);
 }
 
 void Engine::read_row(const Images& images, std::int64_t image, std::int64_t y, float* row) const {

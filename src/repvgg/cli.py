@@ -234,6 +234,8 @@ class Profile:
     """Of `--engine`: all cores if not given."""
     tune: Literal["fast", "full"] = "fast"
     """Of `--engine`: measure the algorithms that look best for a layer, or all."""
+    compact: bool = False
+    """Of `--engine`: keep no transformed weights, for less memory."""
 
     def run(self) -> None:
         from repvgg.costs import cost
@@ -266,7 +268,9 @@ class Profile:
         from repvgg.reparam import reparameterize
 
         _need_positive("batch", self.batch)
-        engine = compile(reparameterize(network), threads=self.threads, tune=self.tune)
+        engine = compile(
+            reparameterize(network), threads=self.threads, tune=self.tune, compact=self.compact
+        )
         plan = engine.profile(self.batch, size)
         rows = [
             (row.layer, row.algorithm, "×".join(map(str, row.shape)), f"{row.milliseconds:.3f}",

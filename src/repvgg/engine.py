@@ -33,7 +33,8 @@ class LayerPlan:
     """How one layer is computed, and what it took.
 
     Attributes:
-        layer: its name in the network.
+        layer: its name in the network; of the first ones, if they are computed band by band
+            together, all their names.
         algorithm: `direct`, or the Winograd tile `F(rows×columns)` of its output.
         shape: of its result: channels, height, width.
         milliseconds: the least of several runs, on all threads.
@@ -56,17 +57,28 @@ class Plan(list[LayerPlan]):
     """The layers of a network in order; printed as a table."""
 
     def __str__(self) -> str:
-        left, right = ("layer", "algorithm", "C×H×W"), ("ms", "GFLOPS", "limit", "MB")
-        lines = ["{:<22} {:<10} {:<14} {:>8} {:>8} {:>6} {:>7}".format(*left, *right)]
-        for row in self:
-            c, h, w = row.shape
-            lines.append(
-                f"{row.layer:<22} {row.algorithm:<10} {f'{c}×{h}×{w}':<14} "
-                f"{row.milliseconds:8.3f} {row.effective_gflops:8.1f} "
-                f"{row.share_of_limit:6.0%} {row.weight_megabytes:7.2f}"
+        lines = [("layer", "algorithm", "C×H×W", "ms", "GFLOPS", "limit", "MB")]
+        lines += [
+            (
+                row.layer,
+                row.algorithm,
+                "×".join(map(str, row.shape)),
+                f"{row.milliseconds:.3f}",
+                f"{row.effective_gflops:.1f}",
+                f"{row.share_of_limit:.0%}",
+                f"{row.weight_megabytes:.2f}",
             )
-        lines.append(f"{'all':<48} {sum(row.milliseconds for row in self):8.3f}")
-        return "\n".join(lines)
+            for row in self
+        ]
+        lines.append(("all", "", "", f"{sum(row.milliseconds for row in self):.3f}", "", "", ""))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if index < 3 else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
 
 
 @dataclass(frozen=True)

@@ -152,14 +152,23 @@ def build_network(config: TrainConfig, images: Images) -> RepVGG:
 
 
 def scale_side_branches(network: nn.Module, scale: float) -> None:
-    """Let the batch norms of every branch but the first of each block begin with this scale."""
-    for block in network.modules():
-        if not isinstance(block, MultiBranchBlock):
-            continue
-        for branch in list(block.branches.values())[1:]:
-            for module in branch.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    nn.init.constant_(module.weight, scale)
+    """Let the batch norms of every branch but the first of each block begin with this scale.
+
+    Raises:
+        InputError: there is no such batch norm.
+    """
+    norms = [
+        module
+        for block in network.modules()
+        if isinstance(block, MultiBranchBlock)
+        for branch in list(block.branches.values())[1:]
+        for module in branch.modules()
+        if isinstance(module, nn.BatchNorm2d)
+    ]
+    if not norms:
+        raise InputError("branch_scale: blocks with several branches, each normalized, are needed")
+    for norm in norms:
+        nn.init.constant_(norm.weight, scale)
 
 
 def auxiliary_weight(config: TrainConfig) -> float:
