@@ -287,6 +287,13 @@ def test_an_ablation_trains_every_row_and_goes_on(tmp_path, capsys):
         run.ablate(SHORT, tmp_path, ("sgd",), range(1))
 
 
+def test_wrong_data_can_be_mended_in_the_same_folder(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        run.ablate(dataclasses.replace(SHORT, data="nowhere"), tmp_path, ("repvgg",), range(1))
+    (outcome,) = run.ablate(SHORT, tmp_path, ("repvgg",), range(1))
+    assert outcome.block == "repvgg"
+
+
 def test_orders_and_means_by_hand():
     tops = {"only_3x3": (0.70, 0.72, 0.74), "repvgg": (0.80, 0.81, 0.85)}
     outcomes = [

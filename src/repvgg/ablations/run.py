@@ -85,10 +85,11 @@ def ablate(
     """
     if unknown := sorted(set(rows) - set(ROWS)):
         raise InputError(f"rows: {', '.join(unknown)} unknown; {', '.join(ROWS)} exist")
-    if (output / "config.json").exists():
+    results = output / RESULTS
+    # A call that failed before the first run began, say for wrong data, leaves a config alone.
+    if results.exists() or any(output.glob("*-seed*/config.json")):
         require_same_config(output, config)
     write_config(output, config)
-    results = output / RESULTS
     outcomes = read_outcomes(results) if results.exists() else []
     done = {(o.block, o.seed) for o in outcomes}
     todo = [
