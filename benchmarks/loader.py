@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 
 from repvgg.console import say, show_table
 from repvgg.data.images import Images, decode_image, open_images
-from repvgg.data.loader import Batch, Loader, derived_seed
+from repvgg.data.loader import Batch, Loader, sample_seeds
 from repvgg.data.pack import Pack
 from repvgg.data.transforms import normalize, training_transform
 from repvgg.machine import machine_facts
@@ -66,7 +67,7 @@ class Trainer:
     def __init__(self, name: str):
         torch.manual_seed(0)
         self.network = create_model(name).train().to(memory_format=torch.channels_last)
-        self.transform = training_transform(self.network.preprocessing, "crop-flip")
+        self.transform: Any = training_transform(self.network.preprocessing, "crop-flip")
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, 0.9)
 
     def step(self, batch: Batch) -> None:
@@ -135,13 +136,13 @@ def stage_rows(folder: Images, shards: Images, trainer: Trainer, quick: bool) ->
     files = [Path(folder.names[number]).read_bytes() for number in numbers]
     decoded = [decode_image("", 3, io.BytesIO(content)) for content in files]
     reader: Any = shards.decode
-    crop, flip, to_tensor = trainer.transform.transforms  # pyright: ignore[reportFunctionMemberAccess]
+    crop, flip, to_tensor = trainer.transform.transform.transforms
     cropped = [crop(image) for image in decoded]
 
     def seed() -> None:
-        for number in numbers:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(derived_seed(0, 1, number))
+        with torch.random.fork_rng(devices=[]):
+            for one in sample_seeds(0, 1, np.array(numbers)).tolist():
+                torch.default_generator.manual_seed(one)
 
     stages: dict[str, Callable[[], object]] = {
         "read a file": lambda: [Path(folder.names[number]).read_bytes() for number in numbers],

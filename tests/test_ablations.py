@@ -185,13 +185,14 @@ def test_residual_reorg_computes_a_shortcut(randomized, relative_error):
     block: Any = network.stages.get_submodule("1.0")
     x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
 
-    def conv_bn(conv, bn, x):
-        x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    def conv_bn(conv, bn, x, stride=None):
+        x = F.conv2d(x, conv.weight, None, stride or conv.stride, conv.padding)
         return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
 
     first, second = block.first.branches.conv3x3, block.second.branches.conv3x3
     y = conv_bn(second.conv, second.bn, conv_bn(first.conv, first.bn, x).relu())
-    expected = (y + conv_bn(block.shortcut[0], block.shortcut[1], x)).relu()
+    _, conv, bn = block.shortcut
+    expected = (y + conv_bn(conv, bn, x, stride=2)).relu()
     torch.testing.assert_close(block(x), expected)
     images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     conversion = convert(network)

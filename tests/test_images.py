@@ -15,9 +15,9 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as F
 
 from repvgg.data.images import decode_image, find_images, open_images
-from repvgg.data.loader import Loader, Remembered, default_workers, derived_seed
+from repvgg.data.loader import Loader, Remembered, default_workers, derived_seed, sample_seeds
 from repvgg.data.order import epoch_order
-from repvgg.data.transforms import Shift, evaluation_transform, normalize, training_transform
+from repvgg.data.transforms import Once, Shift, evaluation_transform, normalize, training_transform
 from repvgg.errors import InputError
 from repvgg.preprocessing import Preprocessing
 from repvgg.training.config import Augmentation
@@ -179,14 +179,19 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre():
     )
 
 
+def changed(transform, image, times):
+    """(times, C, H, W): what a transform makes of an image with so many seeds."""
+    seeds = sample_seeds(0, 1, np.arange(times))
+    return transform.change([transform.prepare(image)] * times, seeds)
+
+
 @pytest.mark.parametrize(
     "augmentation", ["crop-flip", "shift-flip", "shift-alternate-flip", "shift", "none"]
 )
 def test_augmentation_keeps_size_and_flips_only_if_it_says_so(augmentation):
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1)))
     transform = training_transform(Preprocessing.for_channels(1, 32), augmentation)
-    torch.manual_seed(0)
-    results = [transform(ramp)[0].float() for _ in range(40)]
+    results = list(changed(transform, ramp, 40)[:, 0].float())
     assert all(result.shape == (32, 32) for result in results)
     flipped = sum(bool(result[16, 20] < result[16, 12]) for result in results)
     # Alternate flips are the loader's.
@@ -201,7 +206,7 @@ def test_augmentation_keeps_size_and_flips_only_if_it_says_so(augmentation):
 @pytest.mark.parametrize("augmentation", ["shift-flip", "shift-alternate-flip", "shift"])
 def test_the_smallest_images_can_be_shifted(size, augmentation):
     transform = training_transform(Preprocessing.for_channels(1, size), augmentation)
-    assert transform(Image.new("L", (size, size), 7)).shape == (1, size, size)
+    assert changed(transform, Image.new("L", (size, size), 7), 3).shape == (3, 1, size, size)
 
 
 @pytest.mark.parametrize(
@@ -217,9 +222,9 @@ def test_shifts_are_all_crops_of_torchvisions_padded_image_about_equally_often(
     places = [(down, right) for down in range(5) for right in range(5)]
     crops = [F.crop(padded, down, right, 16, 16) for down, right in places]
     expected = crops + [crop.flip(-1) for crop in crops] * flip
-    torch.manual_seed(0)
-    shift = Shift(16, reflect=reflect, flip=flip)
-    counts = Counter(shift(image).numpy().tobytes() for _ in range(40 * len(expected)))
+    shift = Shift(Preprocessing.for_channels(channels, 16), reflect=reflect, flip=flip)
+    shifted = changed(shift, image, 40 * len(expected))
+    counts = Counter(part.contiguous().numpy().tobytes() for part in shifted)
     assert counts.keys() == {crop.numpy().tobytes() for crop in expected}
     assert min(counts.values()) > 15
     assert max(counts.values()) < 70
@@ -230,14 +235,10 @@ def test_transforms_travel_to_worker_processes_that_share_nothing(augmentation):
     preprocessing = Preprocessing.for_channels(3, 16)
     for transform in (
         training_transform(preprocessing, augmentation),
-        evaluation_transform(preprocessing),
+        Once(evaluation_transform(preprocessing)),
     ):
         copied = pickle.loads(pickle.dumps(transform))
-        results = []
-        for each in (transform, copied):
-            torch.manual_seed(0)
-            results.append(each(picture()))
-        assert torch.equal(*results)
+        assert torch.equal(*(changed(each, picture(), 3) for each in (transform, copied)))
 
 
 def test_the_padding_of_alternate_flips_is_the_image_itself():
@@ -246,16 +247,15 @@ def test_the_padding_of_alternate_flips_is_the_image_itself():
     least = {}
     for augmentation in ("shift-flip", "shift-alternate-flip"):
         transform = training_transform(preprocessing, augmentation)
-        torch.manual_seed(0)
-        least[augmentation] = min(int(transform(ramp).min()) for _ in range(20))
+        least[augmentation] = int(changed(transform, ramp, 20).min())
     assert least == {"shift-flip": 0, "shift-alternate-flip": 100}
 
 
 def test_alternate_flips_show_each_image_from_one_side_and_then_from_the_other():
     images = open_images("digits", "train")
-    whole = training_transform(Preprocessing.for_channels(1, 8), "none")
+    whole = Once(evaluation_transform(Preprocessing.for_channels(1, 8)))
     loader = Loader(images, whole, len(images), seed=3, alternate_flip=True, workers=0)
-    plain = torch.stack([whole(images.decode(index)) for index in range(len(images))])
+    plain = torch.stack([whole.prepare(images.decode(index)) for index in range(len(images))])
     sides = []
     for epoch in range(1, 5):
         (batch,) = loader.epoch(epoch)
@@ -295,6 +295,16 @@ def test_loading_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_seeds_of_samples_do_not_depend_on_the_batch_and_are_even():
+    seeds = sample_seeds(3, 2, np.arange(20000))
+    assert sample_seeds(3, 2, np.array([7, 19999])).tolist() == [seeds[7], seeds[19999]]
+    assert len(set(seeds.tolist())) == 20000
+    assert not set(seeds.tolist()) & set(sample_seeds(3, 1, np.arange(20000)).tolist())
+    bits = (seeds[:, None] >> np.arange(63)) & 1
+    assert seeds.min() >= 0
+    assert abs(bits.mean(0) - 0.5).max() < 0.02  # five standard errors
+
+
 def test_a_derived_seed_depends_on_every_number():
     seeds = {derived_seed(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
     assert len(seeds) == 64
@@ -303,7 +313,7 @@ def test_a_derived_seed_depends_on_every_number():
 
 def test_without_seed_every_image_comes_once_in_its_order():
     images = open_images("digits", "test")
-    loader = Loader(images, evaluation_transform(SMALL), 100)
+    loader = Loader(images, Once(evaluation_transform(SMALL)), 100)
     labels = torch.cat([batch.labels for batch in loader.epoch()])
     assert labels.tolist() == images.labels
 
@@ -311,7 +321,7 @@ def test_without_seed_every_image_comes_once_in_its_order():
 def test_a_broken_image_is_reported_beside_the_good_ones(folder):
     (folder / "train" / "ant" / "1.png").write_bytes(b"broken")
     images = open_images(str(folder), "train")
-    loader = Loader(images, evaluation_transform(Preprocessing.for_channels(3, 16)), 8)
+    loader = Loader(images, Once(evaluation_transform(Preprocessing.for_channels(3, 16))), 8)
     (batch,) = loader.epoch()
     assert len(batch.labels) == len(batch.images) == 7
     assert len(batch.broken) == 1
@@ -320,7 +330,8 @@ def test_a_broken_image_is_reported_beside_the_good_ones(folder):
 
 def test_without_workers_images_are_decoded_once(folder):
     images = open_images(str(folder), "train")
-    loader = Loader(images, evaluation_transform(Preprocessing.for_channels(3, 16)), 8, workers=0)
+    whole = Once(evaluation_transform(Preprocessing.for_channels(3, 16)))
+    loader = Loader(images, whole, 8, workers=0)
     (first,) = loader.epoch()
     for name in images.names:
         Path(name).unlink()

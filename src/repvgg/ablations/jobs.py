@@ -50,14 +50,13 @@ def side_by_side(jobs: Sequence[Job], count: int) -> Iterator[Job]:
         Interrupted: SIGINT or SIGTERM came. All have kept their states.
     """
     context = multiprocessing.get_context("spawn")  # a process with threads should not fork
-    threads = max(1, granted_cores() // count)
     waiting, running = list(jobs), dict[BaseProcess, Job]()
     with signals_kept() as received:
         try:
             while waiting or running:
                 while waiting and len(running) < count:
                     job = waiting.pop(0)
-                    process = context.Process(target=_train, args=(job, threads))
+                    process = context.Process(target=_train, args=(job, count))
                     process.start()
                     running[process] = job
                 multiprocessing.connection.wait([p.sentinel for p in running], timeout=SECONDS)
@@ -75,8 +74,8 @@ def side_by_side(jobs: Sequence[Job], count: int) -> Iterator[Job]:
                 process.join()
 
 
-def _train(job: Job, threads: int) -> None:
-    """In a process of its own."""
+def _train(job: Job, count: int) -> None:
+    """In a process of its own, one of so many that share the cores."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -85,7 +84,8 @@ def _train(job: Job, threads: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, granted_cores() // count))
+    os.environ["LOCAL_WORLD_SIZE"] = str(count)  # by which the loader chooses its workers
     speak_as(job.name)
     try:
         train(job.config, job.path)

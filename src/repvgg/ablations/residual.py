@@ -24,13 +24,28 @@ class ResidualBlock(nn.Module):
         self.second.activation = nn.Identity()
         self.shortcut = nn.Identity()
         if not first.keeps_shape:
-            conv = nn.Conv2d(first.in_channels, first.out_channels, 1, first.stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(first.out_channels))
+            self.shortcut = nn.Sequential(
+                EveryNth(first.stride),  # and no strided convolution: see branches.py
+                nn.Conv2d(first.in_channels, first.out_channels, 1, bias=False),
+                nn.BatchNorm2d(first.out_channels),
+            )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, O, ⌈H/s⌉, ⌈W/s⌉)."""
         return self.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+class EveryNth(nn.Module):
+    """Every n-th pixel of each row and column."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, ⌈H/n⌉, ⌈W/n⌉)."""
+        return x[..., :: self.step, :: self.step]
 
 
 def residual_stage(layers: Sequence[Layer]) -> list[nn.Module]:

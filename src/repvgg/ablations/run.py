@@ -28,6 +28,7 @@ from repvgg.timing import Times, time_in_turn
 from repvgg.training.config import TrainConfig
 from repvgg.training.loop import train
 from repvgg.training.run_folder import RunFolder, require_same_config, write_config
+from repvgg.training.setup import choose_device
 from repvgg.verification import compare_outputs
 
 # Of the block in both tables, Table 6 prints the speed too.
@@ -198,14 +199,15 @@ def read_outcomes(path: Path) -> list[Outcome]:
 def speeds(output: Path, outcomes: Sequence[Outcome]) -> dict[str, tuple[Times, Times | None]]:
     """Inference of each row before and after conversion, in turn, in batches of 32.
 
-    Only of those whose network is still there, beside the results.
+    Only of those whose network is still there, beside the results; on a GPU where there is one.
     """
+    device = choose_device("auto")
     runners = {}
     files = {o: run_path(output, o.block, o.seed) / "last.safetensors" for o in outcomes}
     of_blocks = {outcome.block: outcome for outcome in outcomes if files[outcome].exists()}
     for block, outcome in of_blocks.items():
-        network = load(files[outcome])
-        images = _images(network, SPEED_BATCH)
+        network = load(files[outcome]).to(device)
+        images = _images(network, SPEED_BATCH).to(device)
         runners[f"{block} trained"] = partial(network, images)
         if outcome.conversion_error is not None:
             runners[f"{block} plain"] = partial(reparameterize(network), images)

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from repvgg.data.ahead import fetched_ahead
 from repvgg.data.order import Source, epoch_order, groups_in_order
+from repvgg.data.transforms import Transform
 from repvgg.errors import InputError
 
 # Fewer images than this are decoded faster than worker processes start.
@@ -25,7 +26,7 @@ WORTH_WORKERS = 5000
 # A CPU that runs the network too gives this share of its cores to worker processes; on two cores
 # they hold up the network more than decoding between its steps does (benchmarks/loader.py).
 WORKERS_BESIDE_NETWORK = 1 / 4
-# Decoded images that a process keeps, so that small ones are decoded once and not every epoch.
+# Prepared images that a process keeps, so that small ones are decoded once and not every epoch.
 REMEMBERED_BYTES = 512 << 20
 
 
@@ -56,21 +57,36 @@ def derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-Sample = tuple[Tensor, Tensor, float]
+def sample_seeds(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+    """A 63-bit seed for each sample of a batch: (N,) int64 → (N,) int64.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+    Generators", OOPSLA 2014), for a batch at once: a generator of its own for each image would
+    cost more than to shift it.
+    """
+    steps = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = steps + np.uint64(derived_seed(seed, epoch))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
 class Samples(Dataset[Any]):
-    """Transformed images; a key is (epoch, index)."""
+    """Batches of changed images; a key is (epoch, index)."""
 
     def __init__(
         self,
         images: Any,
-        transform: Callable[[Any], Any],
+        transform: Transform,
         seed: int,
         mixup: float = 0.0,
         alternate_flip: bool = False,
+        remember: bool = False,
     ):
         self.images, self.transform, self.seed, self.mixup = images, transform, seed, mixup
+        self.prepared: Callable[[int], Any] = self._prepare
+        if remember:
+            self.prepared = Remembered(self._prepare)
         self.sides: np.ndarray | None = None
         if alternate_flip:
             self.sides = np.random.default_rng(derived_seed(seed)).integers(2, size=len(images))
@@ -78,27 +94,38 @@ class Samples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample | InputError]:
-        """Of each key, the image (C, H, W), its label and share of a mixture, or what is broken."""
-        # torchvision's transforms draw from torch's global generator.
-        with torch.random.fork_rng(devices=[]):
-            return [self._sample(*key) for key in keys]
+    def _prepare(self, index: int) -> Any:
+        return self.transform.prepare(self.images.decode(index))
 
-    def _sample(self, epoch: int, index: int) -> Sample | InputError:
-        try:
-            image = self.images.decode(index)
-        except InputError as error:
-            return error
-        share = 1.0
-        if self.mixup:
-            share = np.random.default_rng([self.seed, epoch, index]).beta(self.mixup, self.mixup)
-        torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
-        changed = self.transform(image)
-        if isinstance(changed, tuple):  # a scene: the image and a label for each of its pixels
-            return *changed, share
-        if self.sides is not None and (self.sides[index] + epoch) % 2:
-            changed = changed.flip(-1)
-        return changed, torch.tensor(self.images.labels[index], dtype=torch.int64), share
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
+        """All of one epoch; those that cannot be decoded are left out and named."""
+        epoch, good, prepared, broken = keys[0][0], [], [], []
+        for _, index in keys:
+            try:
+                prepared.append(self.prepared(index))
+                good.append(index)
+            except InputError as error:
+                broken.append(str(error))
+        if not good:
+            return Batch(torch.empty(0), torch.empty(0), torch.empty(0), tuple(broken))
+        indices = np.array(good)
+        images = self.transform.change(prepared, sample_seeds(self.seed, epoch, indices))
+        if isinstance(images, tuple):  # scenes: with a label for each pixel
+            images, labels = images
+        else:
+            labels = torch.tensor([self.images.labels[index] for index in good])
+        if self.sides is not None:
+            turned = torch.from_numpy((self.sides[indices] + epoch) % 2 == 1)
+            images = torch.where(turned[:, None, None, None], images.flip(-1), images)
+        return Batch(images, labels, self._shares(epoch, good), tuple(broken))
+
+    def _shares(self, epoch: int, indices: list[int]) -> Tensor:
+        """What each image keeps when it is mixed with its neighbour."""
+        if not self.mixup:
+            return torch.ones(len(indices))
+        generators = (np.random.default_rng([self.seed, epoch, index]) for index in indices)
+        shares = [generator.beta(self.mixup, self.mixup) for generator in generators]
+        return torch.tensor(shares, dtype=torch.float32)
 
 
 class BatchSampler:
@@ -151,7 +178,7 @@ class Loader:
 
     Args:
         images: the source.
-        transform: image → (C, H, W) uint8; or scene → that and labels (H, W) uint8.
+        transform: what is done to them.
         batch_size: images a batch; in training over all processes, else of each.
         seed: of order and augmentation; None keeps the order of the source and every last image.
         mixup: alpha of the beta distribution of `Batch.mix`; 0 makes it all ones.
@@ -160,7 +187,7 @@ class Loader:
             show a half of the images twice from one side (K. Jordan, "94% on CIFAR-10 in 3.29
             Seconds on a Single GPU", 2024).
         workers: processes that decode; None chooses by the cores and the number of images. With 0
-            the images that fit in a bounded memory are decoded only once.
+            the images that fit in a bounded memory are decoded and prepared only once.
         pin_memory: whether the batches go to a GPU.
         rank, size: this training process, and how many there are.
     """
@@ -168,7 +195,7 @@ class Loader:
     def __init__(
         self,
         images: Any,
-        transform: Callable[[Any], Any],
+        transform: Transform,
         batch_size: int,
         *,
         seed: int | None = None,
@@ -181,14 +208,12 @@ class Loader:
     ):
         if workers is None:
             workers = default_workers(len(images), beside_network=not pin_memory)
-        if workers == 0:
-            images = replace(images, decode=Remembered(images.decode))
         self.sampler = BatchSampler(images, batch_size, seed, rank, size)
         self._loader = DataLoader(
-            Samples(images, transform, seed or 0, mixup, alternate_flip),
+            Samples(images, transform, seed or 0, mixup, alternate_flip, remember=workers == 0),
             batch_sampler=self.sampler,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_as_it_is,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=_ignore_interrupts,
@@ -238,23 +263,32 @@ def granted_cores() -> int:
 
 
 class Remembered:
-    """A decoder that keeps what it has decoded, as long as there is room."""
+    """A function of an index that keeps its results, as long as there is room."""
 
-    def __init__(self, decode: Callable[[int], Any], room: int = REMEMBERED_BYTES):
-        self.decode, self.room = decode, room
+    def __init__(self, prepare: Callable[[int], Any], room: int = REMEMBERED_BYTES):
+        self.prepare, self.room = prepare, room
         self.kept: dict[int, Any] = {}
 
     def __call__(self, index: int) -> Any:
-        """The image of this index."""
+        """The prepared image of this index."""
         if (kept := self.kept.get(index)) is not None:
             return kept
-        image = self.decode(index)
-        # Pillow's pixels, and all else of an image; the labels of a scene are a quarter more.
-        size = 4 * image.width * image.height + 1024
+        prepared = self.prepare(index)
+        size = _bytes_of(prepared)
         if size <= self.room:
             self.room -= size
-            self.kept[index] = image
-        return image
+            self.kept[index] = prepared
+        return prepared
+
+
+def _bytes_of(prepared: Any) -> int:
+    """What an image takes as an array, a tensor or several, or Pillow's."""
+    if isinstance(prepared, tuple):
+        return sum(map(_bytes_of, prepared))
+    if isinstance(prepared, np.ndarray | Tensor):
+        return prepared.nbytes + 512
+    # Pillow's pixels, and all else of an image; the labels of a scene are a quarter more.
+    return 4 * prepared.width * prepared.height + 1024
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -262,11 +296,5 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(items: list[Sample | InputError]) -> Batch:
-    good = [item for item in items if not isinstance(item, InputError)]
-    return Batch(
-        images=torch.stack([image for image, _, _ in good]) if good else torch.empty(0),
-        labels=torch.stack([label for _, label, _ in good]) if good else torch.empty(0),
-        mix=torch.tensor([share for _, _, share in good], dtype=torch.float32),
-        broken=tuple(str(item) for item in items if isinstance(item, InputError)),
-    )
+def _as_it_is(batch: Any) -> Any:
+    return batch

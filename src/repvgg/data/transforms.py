@@ -4,8 +4,8 @@ Images stay 8-bit until they are a batch on the device, where `normalize` makes 
 quarter of the memory between processes, and no float arithmetic in the workers.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,16 +16,77 @@ from torchvision.transforms import InterpolationMode, v2
 from repvgg.preprocessing import Preprocessing
 from repvgg.training.config import Augmentation
 
-Transform = Callable[[Image.Image], Tensor]
+
+class Transform(Protocol):
+    """What a loader does to images, in two parts."""
+
+    def prepare(self, image: Any, /) -> Any:
+        """What is the same in every epoch, of one image: a loader may keep the result."""
+        ...
+
+    def change(self, prepared: Sequence[Any], seeds: np.ndarray) -> Any:
+        """What is not: prepared images → (N, C, H, W) uint8, or that and labels (N, H, W).
+
+        Args:
+            prepared: results of `prepare`, one or more.
+            seeds: (N,) int64, not negative, on which every random choice for the image depends.
+        """
+        ...
 
 
-def evaluation_transform(preprocessing: Preprocessing) -> Transform:
+class Once:
+    """A `Transform` without random choices.
+
+    Args:
+        prepare: image → (C, H, W) uint8; or scene → that and labels (H, W) uint8.
+    """
+
+    def __init__(self, prepare: Callable[[Any], Any]):
+        self.prepare = prepare
+
+    def change(self, prepared: Sequence[Any], seeds: np.ndarray) -> Any:
+        """All in one tensor."""
+        return _stacked(prepared)
+
+
+class Each:
+    """A `Transform` that changes image after image.
+
+    Args:
+        transform: image → (C, H, W) uint8, or scene → that and labels (H, W) uint8; its random
+            choices come from torch's global generator, as those of torchvision's transforms.
+    """
+
+    def __init__(self, transform: Callable[[Any], Any]):
+        self.transform = transform
+
+    def prepare(self, image: Any, /) -> Any:
+        """The image as it is."""
+        return image
+
+    def change(self, prepared: Sequence[Any], seeds: np.ndarray) -> Any:
+        """The global generator is afterwards as it was before."""
+        changed = []
+        with torch.random.fork_rng(devices=[]):
+            for image, seed in zip(prepared, seeds.tolist(), strict=True):
+                torch.default_generator.manual_seed(seed)
+                changed.append(self.transform(image))
+        return _stacked(changed)
+
+
+def _stacked(items: Sequence[Any]) -> Any:
+    if isinstance(items[0], Tensor):
+        return torch.stack(list(items))
+    return tuple(torch.stack(list(tensors)) for tensors in zip(*items, strict=True))
+
+
+def evaluation_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
     """Resize the shorter side, crop the centre: image → (C, size, size), uint8."""
     return v2.Compose([Fit(preprocessing, preprocessing.resize_size), v2.PILToTensor()])
 
 
 def training_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Transform:
-    """Random changes of an image: image → (C, size, size), uint8.
+    """Random changes of images: to (C, size, size), uint8.
 
     Args:
         preprocessing: says the size and how to resize.
@@ -39,19 +100,18 @@ def training_transform(preprocessing: Preprocessing, augmentation: Augmentation)
     """
     size, interpolation = preprocessing.size, InterpolationMode(preprocessing.interpolation)
     if augmentation == "none":
-        return evaluation_transform(preprocessing)
+        return Once(evaluation_transform(preprocessing))
     if augmentation.startswith("shift"):
-        shift = Shift(
-            size,
+        return Shift(
+            preprocessing,
             reflect=augmentation == "shift-alternate-flip",
             flip=augmentation == "shift-flip",
         )
-        return v2.Compose([Fit(preprocessing, size), shift])
     steps: list[v2.Transform] = [v2.RandomResizedCrop(size, interpolation=interpolation)]
     steps.append(v2.RandomHorizontalFlip())
     if augmentation.startswith("autoaugment"):
         steps.append(v2.AutoAugment(interpolation=interpolation))
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return Each(v2.Compose([*steps, v2.PILToTensor()]))
 
 
 class Fit:
@@ -69,41 +129,38 @@ class Fit:
 
 
 class Shift:
-    """A shift by up to 1/8 of the size: image of that size → (C, size, size), uint8.
+    """A `Transform`: shifts by up to 1/8 of the size, of a whole batch at once.
 
-    The same as torchvision's `RandomCrop` with padding and `RandomHorizontalFlip`, which take
-    several times as long for small images, and on few cores stand between the steps of a network.
+    The same as torchvision's `RandomCrop` with padding and `RandomHorizontalFlip`, which take an
+    image at a time: for small images that costs more than a small network.
 
     Args:
-        size: of the square image, pixels.
+        preprocessing: says the size, to which images are brought first.
         reflect: whether the image's reflection is beyond its border, and not black.
         flip: whether a random half of the images is flipped from left to right.
     """
 
-    def __init__(self, size: int, *, reflect: bool, flip: bool):
-        self.size, self.reach, self.flip = size, max(1, size // 8), flip
-        # Where each row and column of the larger image comes from; the last one is black.
-        places, pad = np.arange(size), self.reach
-        self.places = (
-            np.pad(places, pad, mode="reflect")
-            if reflect
-            else np.pad(places, pad, constant_values=size)
-        )
+    def __init__(self, preprocessing: Preprocessing, *, reflect: bool, flip: bool):
+        self.size, self.reach = preprocessing.size, max(1, preprocessing.size // 8)
+        self.fit = Fit(preprocessing, self.size)
+        self.reflect, self.flip = reflect, flip
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """The image, shifted."""
-        pixels = np.asarray(image).reshape(self.size, self.size, -1)
-        padded = np.zeros((self.size + 1, self.size + 1, pixels.shape[2]), np.uint8)
-        padded[:-1, :-1] = pixels
-        down, right, side = torch.randint(0, 1 << 30, (3,)).tolist()
-        rows, columns = (self._seen(offset) for offset in (down, right))
-        if self.flip and side % 2:
-            columns = columns[::-1]
-        return torch.from_numpy(padded.transpose(2, 0, 1)[:, rows[:, None], columns])
+    def prepare(self, image: Image.Image, /) -> np.ndarray:
+        """The image in the size, with its border: (size + 2 reach, size + 2 reach, C)."""
+        pixels = np.asarray(self.fit(image)).reshape(self.size, self.size, -1)
+        border = ((self.reach, self.reach), (self.reach, self.reach), (0, 0))
+        return np.pad(pixels, border, mode="reflect" if self.reflect else "constant")
 
-    def _seen(self, offset: int) -> np.ndarray:
-        start = offset % (2 * self.reach + 1)
-        return self.places[start : start + self.size]
+    def change(self, prepared: Sequence[np.ndarray], seeds: np.ndarray) -> Tensor:
+        """A part of each, in channels-last layout."""
+        places, inside = 2 * self.reach + 1, np.arange(self.size)
+        down, right, side = seeds % places, seeds // places % places, seeds // places**2 % 2
+        rows, columns = down[:, None] + inside, right[:, None] + inside
+        if self.flip:
+            columns = np.where(side[:, None] == 1, columns[:, ::-1], columns)
+        number = np.arange(len(prepared))[:, None, None]
+        parts = np.stack(prepared)[number, rows[:, :, None], columns[:, None, :]]
+        return torch.from_numpy(parts).permute(0, 3, 1, 2)
 
 
 def normalize(

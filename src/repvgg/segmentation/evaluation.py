@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repvgg.data.loader import Loader
-from repvgg.data.transforms import normalize
+from repvgg.data.transforms import Once, normalize
 from repvgg.errors import InputError
 from repvgg.segmentation.data import VOID, Scenes
 from repvgg.segmentation.metrics import Scores, confusion, scores
@@ -120,7 +120,7 @@ def evaluation_loader(
     """Scenes one by one, since their sizes may differ, as they are; a share for each process."""
     return Loader(
         scenes,
-        evaluation_transform,
+        Once(evaluation_transform),
         1,
         workers=workers,
         rank=world.rank if world else 0,

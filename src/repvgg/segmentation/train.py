@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.data.loader import Loader, derived_seed
+from repvgg.data.transforms import Each
 from repvgg.errors import InputError
 from repvgg.model import create_model
 from repvgg.preprocessing import Preprocessing
@@ -53,11 +54,13 @@ class Segmentation:
         self.factor = config.head_rate
         self.loader = Loader(
             scenes,
-            training_transform(
-                self.network.preprocessing,
-                scale=(config.scale_min, config.scale_max),
-                rotate=config.rotate,
-                blur=config.blur,
+            Each(
+                training_transform(
+                    self.network.preprocessing,
+                    scale=(config.scale_min, config.scale_max),
+                    rotate=config.rotate,
+                    blur=config.blur,
+                )
             ),
             config.batch_size,
             seed=config.seed,

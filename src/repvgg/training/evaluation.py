@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repvgg.data.images import Images
 from repvgg.data.loader import Loader
-from repvgg.data.transforms import evaluation_transform, normalize
+from repvgg.data.transforms import Once, evaluation_transform, normalize
 from repvgg.errors import InputError
 from repvgg.model import RepVGG
 from repvgg.training.distributed import World
@@ -58,7 +58,7 @@ def evaluation_loader(
         )
     return Loader(
         images,
-        evaluation_transform(network.preprocessing),
+        Once(evaluation_transform(network.preprocessing)),
         batch_size,
         workers=workers,
         pin_memory=next(network.parameters()).is_cuda,

@@ -59,7 +59,7 @@ def train(
             longer a number.
         Interrupted: SIGINT or SIGTERM came; the state of that step is kept.
     """
-    with joined(setup.choose_device(config.device)) as world:
+    with setup.repeatable(), joined(setup.choose_device(config.device)) as world:
         return Run(config, output, world, restart=restart, task=task).finish()
 
 

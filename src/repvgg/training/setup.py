@@ -1,7 +1,7 @@
 """Where and how a network trains: device, layout, batch norms, wrappers."""
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -31,6 +31,20 @@ def choose_device(name: str) -> torch.device:
     if name in found and not found[name]():
         raise InputError(f"device={name}: torch finds no such device here")
     return torch.device(name)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """On GPUs, only algorithms of cuDNN that give the same bits each time.
+
+    Without it a run that goes on there would not end as one that was never stopped.
+    """
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def on_device(network: Network, config: RunConfig, world: World) -> Network:
