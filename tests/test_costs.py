@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from repvgg.costs import cost
+from repvgg.costs import built_without_memory, cost
 from repvgg.errors import InputError
 from repvgg.model import create_model
 from repvgg.reparam import reparameterize
@@ -221,3 +221,20 @@ def test_an_image_that_does_not_fit_is_refused_and_the_model_left_as_it_was(mode
 def test_a_compiled_model_costs_what_the_model_costs():
     model = create_model(SMALL)
     assert cost(torch.compile(model), 32).macs == cost(model, 32).macs  # pyright: ignore[reportArgumentType]
+
+
+class Computed(nn.Sequential):
+    """A network whose width is the value of a tensor, as in timm's RegNets."""
+
+    def __init__(self):
+        width = torch.linspace(1, 4, 4).sum().long().item()
+        super().__init__(nn.Conv2d(3, int(width), 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "device"), [(lambda: nn.Conv2d(3, 10, 3), "meta"), (Computed, "cpu")]
+)
+def test_no_memory_is_needed_unless_the_constructor_computes(build, device):
+    network = built_without_memory(build)
+    assert next(network.parameters()).device.type == device
+    assert cost(network, 8).params == 280

@@ -6,10 +6,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 from PIL import Image
+from torch import nn
 
 from repvgg.errors import InputError
 from repvgg.protocol import Protocol
-from repvgg.reproduce import command, table1, tables
+from repvgg.reproduce import command, table1, table6, tables
 from repvgg.reproduce.bench import bench, draw
 from repvgg.reproduce.command import Compare, Reproduce
 from repvgg.reproduce.figures import _label, draw_figure1
@@ -70,6 +71,20 @@ def test_table_1_finds_winograd_by_the_layer_of_stride_2():
     assert rows[1]["FLOPs (B)"] == pytest.approx(macs / 1e9)
     assert rows[1]["TFLOPS"] == pytest.approx(2 * macs / 2.0 / 1e12)
     assert rows[1]["stride 2 ÷ stride 1"] == 2
+
+
+def test_table_6_times_networks_that_are_not_folded():
+    contenders = table6.contenders()
+    assert [c.name for c in contenders] == ["only_3x3", "without_1x1", "without_identity", "repvgg"]
+    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in c.build().modules()) for c in contenders]
+    # 28 layers; all but the first of each of five stages have an identity branch.
+    assert norms == [28, 28 + 23, 28 + 28, 28 + 28 + 23]
+    seconds = {"only_3x3": 1.0, "without_1x1": 1.25, "without_identity": 2.0, "repvgg": 4.0}
+    speeds = [Speed(name, 224, 3, 8, Times((value,))) for name, value in seconds.items()]
+    rows = table6.report(speeds, "Table 6").rows
+    assert [row[3] for row in rows] == [8.0, 6.4, 4.0, 2.0]
+    assert [row[5] for row in rows] == [1.0, 0.867, 0.68, 0.586]  # 1569, 1230, 1061 over 1810
+    assert [row[6] for row in rows] == [1.0, 0.8, 0.5, 0.25]
 
 
 def test_both_layers_of_a_row_of_table_1_do_the_same_work():
@@ -152,11 +167,15 @@ def test_reproduce_measures_once_and_fills_table_figure_and_page(small_networks,
     reproduce("figure1")
     assert record.read_bytes() == written
     assert (tmp_path / f"figure1-{SHORT.slug}.svg").exists()
+    memory = Report("Fig. 3", ("network", "measured"), (("residual block", 3.0),))
+    memory.write_csv(tmp_path / "figure3-cpu-batch1.csv")
     reproduce("page")
     page = (tmp_path / "results.md").read_text()
     assert f"![figure1-{SHORT.slug}](figure1-{SHORT.slug}.png)" in page
     assert "## Table 4 (torch, fp32, batch 1, channels-last)" in page
     assert "| RepVGG-A0 | 72.41 | 3256 |" in page
+    assert "## Fig. 3: peak memory of activations (figure3-cpu-batch1)" in page
+    assert "| residual block | 3.0 |" in page
     assert Record.read(record).facts["machine"] in page
 
 

@@ -4,6 +4,7 @@ The paper counts a multiply-add as one operation. A 3×3 convolution of stride 1
 F(2×2, 3×3) needs 4/9 of its multiply-adds as multiplications; everything else needs all of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,19 @@ def cost(model: nn.Module, image_size: int | tuple[int, int] = 224, in_chans: in
         for module, mode in modes.items():
             module.training = mode
     return counter.cost()
+
+
+def built_without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    """A network on the meta device, for its costs alone.
+
+    On the CPU where its constructor computes with tensors and torch cannot do that without values
+    (RegNets of some versions of timm).
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError:
+        return build()
 
 
 def _on_meta(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from repvgg.console import progress_bar, say, warn
-from repvgg.costs import cost
+from repvgg.costs import built_without_memory, cost
 from repvgg.errors import InputError
 from repvgg.files import written_aside
 from repvgg.machine import RUNTIME_LIBRARIES, machine_facts
@@ -213,8 +213,7 @@ def estimated_seconds(contenders: Sequence[Contender], protocol: Protocol) -> fl
     """About how long all rounds take, by the time of one image and the multiply-adds of all."""
     macs = []
     for contender in contenders:
-        with torch.device("meta"):
-            network = contender.build()
+        network = built_without_memory(contender.build)
         macs.append(cost(network, contender.image_size, contender.channels).macs)
     batches = protocol.warmup + protocol.rounds
     for least in sorted(range(len(macs)), key=macs.__getitem__):

@@ -144,12 +144,19 @@ def _merged(one: Agreement, other: Agreement) -> Agreement:
 
 @contextlib.contextmanager
 def at_inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every module has its own mode back."""
+    """Eval mode for a while; afterwards every module has its own mode back.
+
+    On GPUs convolutions in fp32 are exact meanwhile, where PyTorch otherwise lets them round to
+    10 bits (TF32): a network and its plain form would differ by more than their folding does.
+    """
     modes = {module: module.training for module in model.modules()}
+    rounds = torch.backends.cudnn.allow_tf32
     model.eval()
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
+        torch.backends.cudnn.allow_tf32 = rounds
         for module, mode in modes.items():
             module.training = mode
 

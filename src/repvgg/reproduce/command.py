@@ -174,11 +174,10 @@ class Reproduce:
         from repvgg.runtimes import torch_device
 
         protocol = self._used
-        report = figures.figure3(
-            8 if self.quick else min(protocol.batch, 32), torch_device(protocol)
-        )
+        batch, device = 8 if self.quick else min(protocol.batch, 32), torch_device(protocol)
+        report = figures.figure3(batch, device)
         report.show()
-        path = self._folder / "figure3.png"
+        path = self._folder / f"figure3-{device.type}-batch{batch}.png"
         report.write_csv(path.with_suffix(".csv"))
         figures.draw_figure3(path, report)
         say(f"drawn: {path} and .svg")

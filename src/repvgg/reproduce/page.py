@@ -8,7 +8,7 @@ from pathlib import Path
 from repvgg.errors import InputError
 from repvgg.files import written_aside
 from repvgg.protocol import Protocol
-from repvgg.reproduce import table1, table8, tables
+from repvgg.reproduce import table1, table6, table8, tables
 from repvgg.reproduce.printed import TABLE4, TABLE5
 from repvgg.reproduce.report import Report
 from repvgg.speed import Record, Speed
@@ -44,14 +44,21 @@ def _sections(path: Path) -> Iterator[str]:
     kind = path.name.partition("-")[0]
     if path.suffix == ".json" and kind in MAKERS:
         record = Record.read(path)
-        facts = record.facts
-        where = f"{facts['machine']}, {facts['threads']} threads, torch {facts['torch']}"
+        where, date = _where(record), record.facts["date"]
         for report in MAKERS[kind](record.speeds(), record.protocol) if record.seconds else ():
-            yield f"{report.markdown()}\nMeasured on {where}, {facts['date']} (`{path.name}`).\n"
-    elif path.name == "figure3.csv":
+            yield f"{report.markdown()}\nMeasured on {where}, {date} (`{path.name}`).\n"
+    elif path.suffix == ".csv" and kind == "figure3":
         with open(path, newline="", encoding="utf-8") as file:
             columns, *rows = csv.reader(file)
-        yield Report(FIGURE3, tuple(columns), tuple(map(tuple, rows))).markdown()
+        title = f"{FIGURE3} ({path.stem})"
+        yield Report(title, tuple(columns), tuple(map(tuple, rows))).markdown()
+
+
+def _where(record: Record) -> str:
+    facts, protocol = record.facts, record.protocol
+    on_gpu = facts["gpus"] and protocol.device != "cpu" and protocol.runtime in ("torch", "compile")
+    what = facts["gpus"][0] if on_gpu else f"{facts['machine']}, {facts['threads']} threads"
+    return f"{what}, torch {facts['torch']}"
 
 
 def _of_speeds(speeds: list[Speed], protocol: Protocol) -> Iterator[Report]:
@@ -69,6 +76,10 @@ def _of_table1(speeds: list[Speed], protocol: Protocol) -> Iterator[Report]:
     yield table1.report(speeds, shape, f"Table 1 ({protocol.title})")
 
 
+def _of_table6(speeds: list[Speed], protocol: Protocol) -> Iterator[Report]:
+    yield table6.report(speeds, f"Table 6, speed before conversion ({protocol.title})")
+
+
 def _of_table8(speeds: list[Speed], protocol: Protocol) -> Iterator[Report]:
     yield table8.report(speeds, f"Table 8 ({protocol.title})")
 
@@ -78,5 +89,6 @@ FIGURE3 = "Fig. 3: peak memory of activations"
 MAKERS: dict[str, Callable[[list[Speed], Protocol], Iterator[Report]]] = {
     "speeds": _of_speeds,
     "table1": _of_table1,
+    "table6": _of_table6,
     "table8": _of_table8,
 }

@@ -5,11 +5,10 @@ The accuracy is the paper's, since it takes training on ImageNet (`repvgg train`
 
 from functools import lru_cache, partial
 
-import torch
 from torch import nn
 
 from repvgg.baselines import create_named, image_size_of
-from repvgg.costs import Cost, cost
+from repvgg.costs import Cost, built_without_memory, cost
 from repvgg.reparam import reparameterize
 from repvgg.reproduce.printed import PAIRS, Printed
 from repvgg.reproduce.report import Cell, Report
@@ -35,8 +34,7 @@ def folded(name: str) -> nn.Module:
 @lru_cache(maxsize=64)
 def cost_of(name: str) -> Cost:
     """Of a folded network of the paper, at the paper's size; no memory is taken."""
-    with torch.device("meta"):
-        network = create_named(name)
+    network = built_without_memory(partial(create_named, name))
     return cost(reparameterize(network), image_size_of(name))
 
 

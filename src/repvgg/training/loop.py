@@ -59,7 +59,7 @@ def train(
             longer a number.
         Interrupted: SIGINT or SIGTERM came; the state of that step is kept.
     """
-    with setup.repeatable(), joined(setup.choose_device(config.device)) as world:
+    with joined(setup.choose_device(config.device)) as world:
         return Run(config, output, world, restart=restart, task=task).finish()
 
 
@@ -141,7 +141,7 @@ class Run:
         """The steps of this epoch that are still to be done."""
         self.model.train()
         self.started, done_before, note = time.monotonic(), self.step, ""
-        with self._bar() as show:
+        with self._bar() as show, setup.repeatable():
             for batch in self.loader.epoch(self.epoch, skip=self.step):
                 self._account_for_broken(batch)
                 loss, right = self._step(batch)
