@@ -82,9 +82,11 @@ def camvid() -> SegmentConfig:
     return SegmentConfig(
         model="pspnet_repvgg_small",
         width=64,
-        epochs=26,
+        epochs=44,
         batch_size=6,
         base_batch_size=6,
+        optimizer="muon",
+        muon_rate=0.03,
         learning_rate=0.03,
         weight_decay=5e-4,
         head_rate=4.0,
