@@ -14,7 +14,7 @@ from repvgg.reproduce import command, table1, table6, tables
 from repvgg.reproduce.bench import bench, draw
 from repvgg.reproduce.command import Compare, Reproduce
 from repvgg.reproduce.figures import _label, draw_figure1
-from repvgg.reproduce.page import write_page
+from repvgg.reproduce.page import side_by_side, write_page
 from repvgg.reproduce.printed import PAIRS, TABLE1, TABLE4, TABLE5
 from repvgg.reproduce.report import Report
 from repvgg.speed import Contender, Record, Speed
@@ -220,3 +220,25 @@ def test_ones_own_network_is_benched_on_every_runtime(randomized, tmp_path, monk
     assert len(report.notes) == 3
     draw(tmp_path / "bench.png", report)
     assert (tmp_path / "bench.svg").exists()
+
+
+def test_runtimes_of_one_machine_and_batch_stand_side_by_side(tmp_path):
+    measured = {
+        ("torch", 1): {"RepVGG-A0": [0.5, 0.5], "ResNet-18": [1.0, 1.0]},
+        ("native", 1): {"RepVGG-A0": [0.25, 0.25]},
+        ("torch", 8): {"RepVGG-A0": [1.0, 1.0]},
+    }
+    records = []
+    for (runtime, batch), seconds in measured.items():
+        protocol = dataclasses.replace(SHORT, runtime=runtime, batch=batch)
+        record = Record(tmp_path / f"speeds-{protocol.slug}.json", protocol)
+        record.seconds, record.shapes = seconds, dict.fromkeys(seconds, (224, 3))
+        record.write()
+        records.append(record)
+    (report,) = side_by_side(records)  # of batch 8 there is one alone
+    assert report.columns == ("network", "torch", "native")
+    assert report.rows == (("RepVGG-A0", 2.0, 4.0), ("ResNet-18", 1.0, None))
+    write_page(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "## Runtimes side by side, images a second (fp32, batch 1, " in page
+    assert "| network | native | torch |" in page

@@ -4,6 +4,7 @@ import csv
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from repvgg.errors import InputError
 from repvgg.files import written_aside
@@ -31,6 +32,7 @@ def write_page(folder: Path, page: Path) -> None:
     sections = [section for path in files for section in _sections(path)]
     if not sections:
         raise InputError(f"{folder}: results of `repvgg reproduce` are needed, found none")
+    sections += (f"{report.markdown()}\n" for report in side_by_side(_records(files, "speeds")))
     for path in files:
         if path.name.startswith("figure") and path.suffix == ".png":
             link = Path(os.path.relpath(path, page.parent)).as_posix()
@@ -38,6 +40,31 @@ def write_page(folder: Path, page: Path) -> None:
     with written_aside(page) as aside:
         text = "\n".join([HEADER.format(folder=folder.as_posix(), page=page.as_posix()), *sections])
         aside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def side_by_side(records: list[Record]) -> Iterator[Report]:
+    """Images a second of each network on every runtime, of records of one machine and batch."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        protocol = record.protocol
+        facts = tuple(str(record.facts[name]) for name in ("machine", "avx512", "gpus", "threads"))
+        groups.setdefault((*facts, protocol.batch, protocol.precision), []).append(record)
+    for (machine, *_, batch, precision), group in groups.items():
+        if len(group) < 2:
+            continue
+        speeds = [{s.name: s.images_per_second for s in record.speeds()} for record in group]
+        names = dict.fromkeys(name for of_record in speeds for name in of_record)
+        rows = tuple(
+            (name, *(round(s[name], 2) if name in s else None for s in speeds)) for name in names
+        )
+        columns = ("network", *(record.protocol.runtime for record in group))
+        title = f"Runtimes side by side, images a second ({precision}, batch {batch}, {machine})"
+        notes = ("Each runtime was measured by itself, one after the other; ± as in its table.",)
+        yield Report(title, columns, rows, notes)
+
+
+def _records(files: list[Path], kind: str) -> list[Record]:
+    return [Record.read(p) for p in files if p.suffix == ".json" and p.name.startswith(f"{kind}-")]
 
 
 def _sections(path: Path) -> Iterator[str]:
