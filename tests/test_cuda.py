@@ -15,6 +15,7 @@ from repvgg.memory import activation_memory, measured_memory
 from repvgg.spec import Layer
 from repvgg.training import loop
 from repvgg.training.recipes import digits
+from repvgg.verification import exact_fp32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -80,7 +81,7 @@ def test_a_network_is_folded_where_it_is():
     with torch.inference_mode():
         expected = network.double()(images.double())
         plain = repvgg.reparameterize(network.float().cuda())
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with exact_fp32():
             found = plain(images.cuda())
     assert found.is_cuda
     assert (found.cpu() - expected).abs().max() < 1e-4 * expected.abs().max()

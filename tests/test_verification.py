@@ -13,7 +13,7 @@ from repvgg.errors import InputError
 from repvgg.model import RepVGG, create_model
 from repvgg.reparam import reparameterize
 from repvgg.spec import Layer, Spec
-from repvgg.verification import verify
+from repvgg.verification import exact_fp32, verify
 
 SPEC = Spec((1, 2, 2), strides=(2, 2, 1), widths=(8, 8, 16))
 
@@ -215,3 +215,20 @@ def test_modes_come_back_when_a_network_fails(network, images):
 def test_networks_in_train_mode_are_compared_at_inference(network, images):
     plain = reparameterize(network).train()
     assert verify(network.train(), plain, images).max_rel_error <= 1e-12
+
+
+def test_fp32_is_exact_for_a_while_unless_the_newer_settings_were_used():
+    cudnn: Any = torch.backends.cudnn
+    assert cudnn.allow_tf32  # PyTorch's default
+    with exact_fp32():
+        assert not cudnn.allow_tf32
+    assert cudnn.allow_tf32
+    if not hasattr(cudnn, "conv"):
+        pytest.skip("this version of PyTorch has no newer settings")
+    cudnn.conv.fp32_precision = "ieee"
+    with pytest.raises(RuntimeError, match="allow_tf32"):
+        _ = cudnn.allow_tf32
+    with exact_fp32():
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+    cudnn.allow_tf32 = True
+    assert cudnn.conv.fp32_precision == "tf32"

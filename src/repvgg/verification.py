@@ -144,21 +144,34 @@ def _merged(one: Agreement, other: Agreement) -> Agreement:
 
 @contextlib.contextmanager
 def at_inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every module has its own mode back.
-
-    On GPUs convolutions in fp32 are exact meanwhile, where PyTorch otherwise lets them round to
-    10 bits (TF32): a network and its plain form would differ by more than their folding does.
-    """
+    """Eval mode for a while, in exact fp32; afterwards every module has its own mode back."""
     modes = {module: module.training for module in model.modules()}
-    rounds = torch.backends.cudnn.allow_tf32
     model.eval()
+    try:
+        with exact_fp32():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Let no convolution in fp32 round to 10 bits (TF32), as PyTorch lets them on GPUs.
+
+    Else a network and its plain form would differ there by more than their folding does. Who has
+    set `fp32_precision`, PyTorch's newer way to say so, keeps what is set.
+    """
+    try:
+        before = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # it refuses to tell where the newer settings differ from the older ones
+        yield
+        return
     torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = rounds
-        for module, mode in modes.items():
-            module.training = mode
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _block_pairs(model: nn.Module, plain: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
