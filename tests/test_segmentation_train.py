@@ -316,7 +316,7 @@ def test_predict_draws_overlays(finished, stripes, tmp_path, capsys):
         numbers = np.asarray(file)
     with Image.open(stripes / "test" / "labels" / "0.png") as file:
         labels = np.asarray(file)
-    assert (numbers == labels)[labels != 9].mean() > 0.9
+    assert (numbers == labels)[labels != 9].mean() > 0.8
 
 
 def test_an_overlay_mixes_image_and_color_by_hand():
