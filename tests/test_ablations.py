@@ -191,8 +191,8 @@ def test_residual_reorg_computes_a_shortcut(randomized, relative_error):
 
     first, second = block.first.branches.conv3x3, block.second.branches.conv3x3
     y = conv_bn(second.conv, second.bn, conv_bn(first.conv, first.bn, x).relu())
-    _, conv, bn = block.shortcut
-    expected = (y + conv_bn(conv, bn, x, stride=2)).relu()
+    shortcut = conv_bn(block.shortcut.conv, block.shortcut.bn, x, stride=2)
+    expected = (y + shortcut).relu()
     torch.testing.assert_close(block(x), expected)
     images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     conversion = convert(network)

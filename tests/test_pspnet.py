@@ -19,7 +19,7 @@ from repvgg.errors import InputError
 from repvgg.export.onnx import export_onnx, run_onnx
 from repvgg.preprocessing import Preprocessing
 from repvgg.segmentation.dilated import PSPNETS, dilated
-from repvgg.segmentation.pspnet import PSPNet, PyramidPooling, pooled
+from repvgg.segmentation.pspnet import PSPNet, PyramidPooling, interpolation, pooled
 from repvgg.spec import VARIANTS, Spec, list_models, parse_spec
 
 SMALL = Spec((1, 1, 2, 6, 1), widths=(4, 8, 8, 12, 16), groups=2)
@@ -329,3 +329,12 @@ def test_onnx_takes_any_size(randomized, relative_error, tmp_path):
         with torch.inference_mode():
             found = run_onnx(tmp_path / "net.onnx", images)
             assert relative_error(network(images), found) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [(9, 5), (33, 5), (40, 7), (7, 1), (1, 4), (6, 6), (5, 12)])
+def test_upsampling_by_products_is_bilinear_interpolation(sizes):
+    outputs, inputs = sizes
+    x = torch.randn(2, 3, inputs, 4, dtype=torch.float64)
+    found = interpolation(outputs, inputs, x) @ x @ interpolation(11, 4, x).T
+    expected = F.interpolate(x, size=(outputs, 11), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

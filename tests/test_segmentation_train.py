@@ -35,11 +35,15 @@ COLORS = ((30, 60, 200), (200, 60, 30), (40, 180, 60))
 
 
 def scene(seed):
-    """Three stripes, each of the color of its class with noise, and a few pixels without class."""
+    """Three stripes, each of the color of its class with noise, and a few pixels without class.
+
+    Of 8 n + 1 pixels a side, for which a PSPNet of output stride 8 brings its logits to where they
+    were computed; at other sizes the stripes' borders are up to some pixels off.
+    """
     random = np.random.default_rng(seed)
     order = random.permutation(3)
-    labels = np.repeat(order, 12).astype(np.uint8)[:, None].repeat(40, axis=1)
-    image = np.array(COLORS)[labels] + random.integers(-30, 30, (36, 40, 3))
+    labels = np.repeat(order, 11).astype(np.uint8)[:, None].repeat(41, axis=1)
+    image = np.array(COLORS)[labels] + random.integers(-30, 30, (33, 41, 3))
     labels[random.random(labels.shape) < 0.02] = 9
     return Image.fromarray(image.clip(0, 255).astype(np.uint8)), Image.fromarray(labels)
 
@@ -74,6 +78,7 @@ def config(stripes):
         scale_max=1.25,
         rotate=5.0,
         workers=0,
+        device="cpu",
     )
 
 
@@ -207,8 +212,7 @@ def test_a_run_leaves_what_one_of_classification_does(finished, config):
         *("epoch", "train_loss", "train_pixel_accuracy", "test_loss", "test_miou"),
         *("test_pixel_accuracy", "images_per_second", "seconds"),
     }
-    # With the seeds 0 to 3 it is 0.81 to 0.86; a network that has learned nothing has at most 1/3.
-    assert rows[-1]["test_miou"] > 0.7
+    assert rows[-1]["test_miou"] > 0.85
     assert rows[-1]["test_miou"] > rows[0]["test_miou"]
 
 
@@ -230,6 +234,22 @@ def test_the_figures_are_the_same_after_conversion(finished, config):
     assert evaluate(network, loader).miou == pytest.approx(
         history(finished)[-1]["test_miou"], abs=1e-6
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_that_goes_on_on_a_gpu_ends_with_the_same_bits(config, tmp_path):
+    config = dataclasses.replace(
+        config, device="cuda", epochs=2, checkpoint_minutes=0, kept_checkpoints=100
+    )
+    run = train(config, tmp_path / "run")
+    expected = repvgg.load(run.last).state_dict()
+    kept = sorted((run.path / "checkpoints").iterdir())
+    for state in kept[5:]:
+        state.unlink()
+    train(config, run.path)
+    found = repvgg.load(run.last).state_dict()
+    assert len(kept) > 10
+    assert [n for n, tensor in expected.items() if not torch.equal(tensor, found[n])] == []
 
 
 def test_a_run_that_was_stopped_within_an_epoch_ends_with_the_same_bits(config, finished, tmp_path):
@@ -316,7 +336,7 @@ def test_predict_draws_overlays(finished, stripes, tmp_path, capsys):
         numbers = np.asarray(file)
     with Image.open(stripes / "test" / "labels" / "0.png") as file:
         labels = np.asarray(file)
-    assert (numbers == labels)[labels != 9].mean() > 0.8
+    assert (numbers == labels)[labels != 9].mean() > 0.9
 
 
 def test_an_overlay_mixes_image_and_color_by_hand():

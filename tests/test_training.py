@@ -28,8 +28,8 @@ from repvgg.training.optimizer import build_optimizers, schedule, set_rates
 from repvgg.training.recipes import RECIPES, digits
 from repvgg.training.setup import choose_device
 
-SHORT = dataclasses.replace(digits(), epochs=3, batch_size=256, base_batch_size=256)
 ALONE = World(0, 1, torch.device("cpu"))
+SHORT = dataclasses.replace(digits(), epochs=3, batch_size=256, base_batch_size=256, device="cpu")
 
 
 def test_the_default_recipe_is_the_papers():

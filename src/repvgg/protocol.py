@@ -76,6 +76,11 @@ class Protocol:
         return f"{self.runtime}, {self.precision}, batch {self.batch}{threads}{layout}"
 
     @property
+    def place(self) -> str:
+        """The runtime, with the layout where it is not the usual one."""
+        return self.runtime if self.layout == Protocol.layout else f"{self.runtime}, {self.layout}"
+
+    @property
     def slug(self) -> str:
         """Part of the name of a file with results."""
         threads = f"-{self.threads}threads" if self.threads else ""

@@ -1,12 +1,13 @@
 """Networks that keep their shortcuts: Residual Reorg (Table 7), the double check of Sect. 4.2."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from repvgg.ablations.blocks import only_3x3
-from repvgg.branches import MultiBranchBlock, repvgg_block
+from repvgg.branches import ConvBN, MultiBranchBlock, repvgg_block
 from repvgg.errors import InputError
 from repvgg.spec import Layer
 
@@ -24,28 +25,13 @@ class ResidualBlock(nn.Module):
         self.second.activation = nn.Identity()
         self.shortcut = nn.Identity()
         if not first.keeps_shape:
-            self.shortcut = nn.Sequential(
-                EveryNth(first.stride),  # and no strided convolution: see branches.py
-                nn.Conv2d(first.in_channels, first.out_channels, 1, bias=False),
-                nn.BatchNorm2d(first.out_channels),
-            )
+            dense = dataclasses.replace(first, groups=1, dilation=1)
+            self.shortcut = ConvBN(dense, (1, 1))
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, O, ⌈H/s⌉, ⌈W/s⌉)."""
         return self.relu(self.second(self.first(x)) + self.shortcut(x))
-
-
-class EveryNth(nn.Module):
-    """Every n-th pixel of each row and column."""
-
-    def __init__(self, step: int):
-        super().__init__()
-        self.step = step
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, ⌈H/n⌉, ⌈W/n⌉)."""
-        return x[..., :: self.step, :: self.step]
 
 
 def residual_stage(layers: Sequence[Layer]) -> list[nn.Module]:

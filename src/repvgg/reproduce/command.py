@@ -121,16 +121,16 @@ class Reproduce:
         from repvgg.reproduce import table6
         from repvgg.speed import measure
 
+        if (self._folder / RESULTS).exists():
+            self._ablations()
+        else:
+            say(f"accuracies: `repvgg ablate --output {self._folder}` measures them")
         record = self._record("table6", self._used)
         contenders = table6.contenders()
         _require_time(contenders, self._used, is_default=self._used.is_the_papers_length)
         measure(contenders, record)
         report = table6.report(record.speeds(), f"Table 6 ({self._used.title})")
         self._publish(report, record, ("paper: images/s", "images/s"))
-        if (self._folder / RESULTS).exists():
-            self._ablations()
-        else:
-            say(f"accuracies: `repvgg ablate --output {self._folder}` measures them")
 
     def _tables(self) -> None:
         from repvgg.reproduce import figures, tables

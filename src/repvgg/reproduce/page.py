@@ -29,10 +29,17 @@ def write_page(folder: Path, page: Path) -> None:
         InputError: no such folder, or no record in it.
     """
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    sections = [section for path in files for section in _sections(path)]
+    kinds = {path: path.name.partition("-")[0] for path in files}
+    records = {
+        path: Record.read(path)
+        for path in files
+        if path.suffix == ".json" and kinds[path] in MAKERS
+    }
+    sections = [section for path in files for section in _sections(path, records.get(path))]
     if not sections:
         raise InputError(f"{folder}: results of `repvgg reproduce` are needed, found none")
-    sections += (f"{report.markdown()}\n" for report in side_by_side(_records(files, "speeds")))
+    speeds = [record for path, record in records.items() if kinds[path] == "speeds"]
+    sections += (f"{report.markdown()}\n" for report in side_by_side(speeds))
     for path in files:
         if path.name.startswith("figure") and path.suffix == ".png":
             link = Path(os.path.relpath(path, page.parent)).as_posix()
@@ -57,20 +64,15 @@ def side_by_side(records: list[Record]) -> Iterator[Report]:
         rows = tuple(
             (name, *(round(s[name], 2) if name in s else None for s in speeds)) for name in names
         )
-        columns = ("network", *(record.protocol.runtime for record in group))
+        columns = ("network", *(record.protocol.place for record in group))
         title = f"Runtimes side by side, images a second ({precision}, batch {batch}, {machine})"
         notes = ("Each runtime was measured by itself, one after the other; ± as in its table.",)
         yield Report(title, columns, rows, notes)
 
 
-def _records(files: list[Path], kind: str) -> list[Record]:
-    return [Record.read(p) for p in files if p.suffix == ".json" and p.name.startswith(f"{kind}-")]
-
-
-def _sections(path: Path) -> Iterator[str]:
+def _sections(path: Path, record: Record | None) -> Iterator[str]:
     kind = path.name.partition("-")[0]
-    if path.suffix == ".json" and kind in MAKERS:
-        record = Record.read(path)
+    if record is not None:
         where, date = _where(record), record.facts["date"]
         for report in MAKERS[kind](record.speeds(), record.protocol) if record.seconds else ():
             yield f"{report.markdown()}\nMeasured on {where}, {date} (`{path.name}`).\n"

@@ -214,8 +214,23 @@ def _averaging(bins: int, extent: int, like: Tensor) -> Tensor:
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:
-    """Bilinear interpolation to the height and width of another tensor."""
+    """Bilinear interpolation to the height and width of another tensor.
+
+    When it is trained on a GPU, as two matrix products: the backward pass of `F.interpolate` adds
+    up in no fixed order there, and a run that goes on would not end with the same bits.
+    """
+    if x.is_cuda and x.requires_grad:
+        to, extents = like.shape[-2:], x.shape[-2:]
+        rows, columns = (interpolation(*pair, x) for pair in zip(to, extents, strict=True))
+        return rows @ x @ columns.T
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def interpolation(outputs: int, inputs: int, like: Tensor) -> Tensor:
+    """(outputs, inputs): row i weighs the inputs beside its place, with the corners in place."""
+    places = torch.linspace(0, inputs - 1, outputs, dtype=torch.float64, device=like.device)
+    distance = places[:, None] - torch.arange(inputs, device=like.device)
+    return (1 - distance.abs()).clamp(min=0).to(like.dtype)
 
 
 def _conv_norm_relu(

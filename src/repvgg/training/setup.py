@@ -37,8 +37,8 @@ def choose_device(name: str) -> torch.device:
 def repeatable() -> Iterator[None]:
     """On GPUs, only algorithms of cuDNN that give the same bits each time.
 
-    Without it a run that goes on there would not end as one that was never stopped. Bilinear
-    upsampling and losses of pixels remain, which add up in no fixed order there.
+    Of the others cuDNN does not promise it, so that a run that goes on need not end as one that was
+    never stopped.
     """
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
