@@ -5,6 +5,7 @@ then, so that `--help` answers at once. Wrong input ends in one line and exit co
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -241,7 +242,12 @@ class Profile:
         from repvgg.costs import cost
         from repvgg.model import create_model
 
+        if not self.engine:
+            _need_usual(self, ("batch", "threads", "tune", "compact"), "needs --engine")
         if self.model.endswith((".safetensors", ".pth", ".pt")) or Path(self.model).exists():
+            _need_usual(
+                self, ("block", "num_classes"), "is for the name of a network, not its file"
+            )
             network = _load(Path(self.model), None)
         else:
             network = create_model(self.model, num_classes=self.num_classes, block=self.block)
@@ -415,6 +421,15 @@ def _usual_bound(network: "RepVGG") -> float:
     import torch
 
     return {torch.float64: 1e-10, torch.float32: 1e-4}.get(next(network.parameters()).dtype, 5e-2)
+
+
+def _need_usual(command: Any, names: tuple[str, ...], reason: str) -> None:
+    """Raise if one of these fields was given, which would be ignored."""
+    usual = {field.name: field.default for field in dataclasses.fields(command)}
+    for name in names:
+        if getattr(command, name) != usual[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: {reason}, found {getattr(command, name)}")
 
 
 def _need_positive(name: str, value: int) -> None:
