@@ -275,7 +275,7 @@ def files(tmp_path, trained):
         ("profile repvgg_a0:c=1", "no field 'c'"),
         ("profile repvgg_a0 --compact", "--compact: needs --engine"),
         ("profile repvgg_a0 --threads 2", "--threads: needs --engine"),
-        ("profile {model} --block repvgg", "--block: is for the name of a network, not its file"),
+        ("profile {model} --block repvgg", "--block: is for a name, not a file"),
         ("train --data data --output run --model repvgg_cifar", "data/train: Found no valid file"),
         ("train --data nowhere --output run", "nowhere: a folder of images is needed"),
         ("train --output run", "data: a folder of images is needed"),
