@@ -338,3 +338,29 @@ def test_upsampling_by_products_is_bilinear_interpolation(sizes):
     found = interpolation(outputs, inputs, x) @ x @ interpolation(11, 4, x).T
     expected = F.interpolate(x, size=(outputs, 11), mode="bilinear", align_corners=True)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_in_training_a_network_computes_what_it_does_with_interpolation(monkeypatch):
+    """Gradients too: the two ways of upsampling are one function."""
+    torch.manual_seed(0)
+    fields = ":depths=1-1-1-2-1,widths=8-8-12-16-24"
+    network = repvgg.create_model("pspnet_repvgg_a0" + fields, num_classes=5, width=10)
+    network = network.double().train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    images = torch.randn(3, 3, 50, 41, dtype=torch.float64)
+
+    def outcome():
+        network.zero_grad()
+        logits, auxiliary = network(images)
+        (logits.square().mean() + auxiliary.square().mean()).backward()
+        return [logits, auxiliary, *(parameter.grad for parameter in network.parameters())]
+
+    found = outcome()
+
+    def interpolated(x, like, *, training):
+        return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
+
+    monkeypatch.setattr("repvgg.segmentation.pspnet._resized", interpolated)
+    torch.testing.assert_close(found, outcome(), rtol=1e-9, atol=1e-12)

@@ -88,9 +88,9 @@ class PSPNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Images (N, C, H, W) → logits (N, K, H, W); of both heads in training."""
         before, last = self.backbone(x)
-        logits = _resized(self.head(self.pyramid(last)), x)
+        logits = _resized(self.head(self.pyramid(last)), x, training=self.training)
         if self.training and self.auxiliary is not None:
-            return logits, _resized(self.auxiliary(before), x)
+            return logits, _resized(self.auxiliary(before), x, training=True)
         return logits
 
     @property
@@ -187,7 +187,7 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, out_channels, H, W)."""
         levels = [
-            _resized(reduction(pooled(x, bins)), x)
+            _resized(reduction(pooled(x, bins)), x, training=self.training)
             for reduction, bins in zip(self.reductions, self.bins, strict=True)
         ]
         return torch.cat([x, *levels], dim=1)
@@ -213,17 +213,17 @@ def _averaging(bins: int, extent: int, like: Tensor) -> Tensor:
     return inside.to(like.dtype) / (end - start)[:, None].to(like.dtype)
 
 
-def _resized(x: Tensor, like: Tensor) -> Tensor:
+def _resized(x: Tensor, like: Tensor, *, training: bool) -> Tensor:
     """Bilinear interpolation to the height and width of another tensor.
 
-    When it is trained on a GPU, as two matrix products: the backward pass of `F.interpolate` adds
-    up in no fixed order there, and a run that goes on would not end with the same bits.
+    In training as two matrix products: the backward pass of `F.interpolate` adds up in no fixed
+    order on GPUs, and a run that goes on would not end with the same bits.
     """
-    if x.is_cuda and x.requires_grad:
-        to, extents = like.shape[-2:], x.shape[-2:]
-        rows, columns = (interpolation(*pair, x) for pair in zip(to, extents, strict=True))
-        return rows @ x @ columns.T
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
+    if not training:
+        return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
+    extents = zip(like.shape[-2:], x.shape[-2:], strict=True)
+    rows, columns = (interpolation(outputs, inputs, x) for outputs, inputs in extents)
+    return rows @ x @ columns.T
 
 
 def interpolation(outputs: int, inputs: int, like: Tensor) -> Tensor:
