@@ -245,9 +245,7 @@ class Profile:
         if not self.engine:
             _need_usual(self, ("batch", "threads", "tune", "compact"), "needs --engine")
         if self.model.endswith((".safetensors", ".pth", ".pt")) or Path(self.model).exists():
-            _need_usual(
-                self, ("block", "num_classes"), "is for the name of a network, not its file"
-            )
+            _need_usual(self, ("block", "num_classes"), "is for a name, not a file")
             network = _load(Path(self.model), None)
         else:
             network = create_model(self.model, num_classes=self.num_classes, block=self.block)
