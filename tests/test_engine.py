@@ -87,7 +87,7 @@ def convolutions(draw):
         "columns": draw(tile.filter(bool)) if rows else 0,
         "vectors": draw(st.integers(1, 3)),
         "block": draw(st.sampled_from([1, 5, 12, 48])),
-        "order": draw(st.integers(0, 3)),
+        "order": draw(st.integers(0, 4)),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -133,7 +133,7 @@ def test_every_algorithm_is_a_convolution(case, isa):
 @pytest.mark.parametrize(
     ("tile", "stride"), [(2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1), (2, 2), (4, 2), (7, 2)]
 )
-@pytest.mark.parametrize("order", [0, 3])
+@pytest.mark.parametrize("order", [0, 3, 4])
 def test_errors_of_usual_layers(tile, stride, order):
     case = {"in": 192, "out": 64, "groups": 1, "stride": stride, "dilation": 1, "kernel": 3}
     case |= {"images": 1, "height": 28, "width": 28, "relu": True, "threads": 2, "seed": 0}

@@ -53,7 +53,11 @@ enum class Order {
   points,  // all transform the input; each takes points of the tiles; all transform the output
   fresh,   // as panels, but weights are kept as they are and transformed each time: a ninth to a
            // quarter of the memory, and of what has to come from it
+  fused,   // as fresh, but half transformed alone, and the rest in the registers: for few tiles
 };
+
+// Whether the weights stay as they are.
+inline bool keeps_weights(Order order) { return order == Order::fresh || order == Order::fused; }
 
 // How a convolution is computed. With `rows` 0 directly, else by Winograd tiles of that many
 // output rows and columns.

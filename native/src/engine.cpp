@@ -85,7 +85,7 @@ Engine::Engine(Network network, const Options& options)
 }
 
 std::shared_ptr<PackedConv> Engine::pack(int node, const Algorithm& algorithm) {
-  const char* packing[] = {" ", " ", " points ", " fresh "};  // of each order
+  const char* packing[] = {" ", " ", " points ", " fresh ", " fresh "};  // of each order
   const Conv& conv = network_.nodes[static_cast<std::size_t>(node)].conv;
   std::weak_ptr<PackedConv>& slot =
       packed_[{node, algorithm.name() + packing[static_cast<int>(algorithm.order)] +

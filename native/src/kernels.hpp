@@ -43,6 +43,19 @@ struct PointProducts {
   std::ptrdiff_t next_bytes = 0;
 };
 
+// As `PointProducts`, of weights of which one dimension is transformed beforehand and the other one
+// here, in the registers: those of a point are factor[0] t[0] + factor[1] t[1] + factor[2] t[2].
+struct TapProducts {
+  const float* a;
+  std::ptrdiff_t a_point, a_row;
+  int rows, depth;
+  const float* taps;          // t[i] of input channel k, vector j at taps[((k * vectors + j) * 3 + i) * lanes]
+  const float (*factors)[3];  // of each point
+  int points;
+  float* c;
+  bool add;
+};
+
 // A 1-D transform of many lines of vectors. Item i of line l is read at src[i * step + l * next]
 // and written at dst[i * dst_step + l * dst_next], `lanes` numbers each.
 struct Lines {
@@ -86,6 +99,7 @@ struct Isa {
   // Of weights in fp32 (0) and in half precision (1).
   void (*product[2])(int rows, int vectors, const Product&);
   void (*points[2])(int vectors, const PointProducts&);
+  void (*tap_points)(int vectors, const TapProducts&);
   const Axis* (*axis)(int outputs, int stride);  // null if there is none
   void (*pool)(const float* src, std::ptrdiff_t pixel, std::ptrdiff_t row, int height, int width,
                int channels, float* dst);        // means; channels is a multiple of the lanes

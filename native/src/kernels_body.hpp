@@ -87,9 +87,10 @@ void product(const Product& task) {
   }
 }
 
+// Weights that are needed later are fetched meanwhile: `step` bytes from `ahead` on for each k.
 template <int Rows, int Vectors, class Weight>
 void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight* b, float* c,
-                   bool add) {
+                   bool add, const char* ahead, std::ptrdiff_t step) {
   const float* row[Rows];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) row[r] = a + r * a_row;
@@ -101,9 +102,12 @@ void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight
       for (int j = 0; j < Vectors; ++j) sum[r][j] = vec{};
     }
     const int end = depth - begin < kChain ? depth : begin + kChain;
-    for (int k = begin; k < end; ++k, b += Vectors * W) {
+    for (int k = begin; k < end; ++k, b += Vectors * W, ahead += step) {
       vec w[Vectors];
-      fetch_ahead<Vectors * W>(b);
+#pragma GCC unroll 16
+      for (int i = 0; i < Vectors * W * static_cast<int>(sizeof(Weight)); i += kLineBytes) {
+        __builtin_prefetch(ahead + i, 0, 2);
+      }
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
 #pragma GCC unroll 16
@@ -123,10 +127,48 @@ void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight
   }
 }
 
+// The same for at most kChain of the depth, where the weights are made of taps in the registers.
+template <int Rows, int Vectors>
+void tap_product(const float* a, std::ptrdiff_t a_row, int depth, const float* taps,
+                 const float* factors, float* c, bool add) {
+  const float* row[Rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) row[r] = a + r * a_row;
+  vec sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) sum[r][j] = vec{};
+  }
+  const vec f0 = vec{} + factors[0], f1 = vec{} + factors[1], f2 = vec{} + factors[2];
+  for (int k = 0; k < depth; ++k, taps += Vectors * 3 * W) {
+    vec w[Vectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) {
+      const float* t = taps + j * 3 * W;
+      w[j] = f0 * load(t) + f1 * load(t + W) + f2 * load(t + 2 * W);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+      for (int j = 0; j < Vectors; ++j) sum[r][j] += row[r][k] * w[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) {
+      float* to = c + (r * Vectors + j) * W;
+      store(to, add ? load(to) + sum[r][j] : sum[r][j]);
+    }
+  }
+}
+
 template <class Weight>
 struct Tables {
   using ProductFn = void (*)(const Product&);
-  using PointFn = void (*)(const float*, std::ptrdiff_t, int, const Weight*, float*, bool);
+  using PointFn = void (*)(const float*, std::ptrdiff_t, int, const Weight*, float*, bool,
+                           const char*, std::ptrdiff_t);
   ProductFn product[4][kMaxRows + 1]{};
   PointFn point[4][kMaxRows + 1]{};
 
@@ -144,6 +186,22 @@ struct Tables {
 template <class Weight>
 constexpr Tables<Weight> kTables;
 
+struct TapTable {
+  using Fn = void (*)(const float*, std::ptrdiff_t, int, const float*, const float*, float*, bool);
+  Fn tap[4][kMaxRows + 1]{};
+
+  template <int Vectors, int... R>
+  constexpr void fill(std::integer_sequence<int, R...>) {
+    ((tap[Vectors][R + 1] = tap_product<R + 1, Vectors>), ...);
+  }
+  constexpr TapTable() {
+    fill<1>(std::make_integer_sequence<int, kRows[1]>{});
+    fill<2>(std::make_integer_sequence<int, kRows[2]>{});
+    fill<3>(std::make_integer_sequence<int, kRows[3]>{});
+  }
+};
+constexpr TapTable kTapTable;
+
 template <class Weight>
 void run_product(int rows, int vectors, const Product& task) {
   kTables<Weight>.product[vectors][rows](task);
@@ -154,6 +212,11 @@ template <class Weight>
 void run_points(int vectors, const PointProducts& task) {
   const int blocks = (task.rows + kRows[vectors] - 1) / kRows[vectors];
   const int width = vectors * W;
+  // Each block of rows reads the weights of the point again, all but the first from the cache. They
+  // share out what is to be fetched for later points, so that memory never waits.
+  const std::ptrdiff_t size = std::ptrdiff_t{task.depth} * width * static_cast<int>(sizeof(Weight));
+  const std::ptrdiff_t distance = blocks == 1 ? kAheadBytes : (kAheadBytes + size - 1) / size * size;
+  const std::ptrdiff_t step = width * static_cast<std::ptrdiff_t>(sizeof(Weight)) / blocks;
   for (int p = 0; p < task.points; ++p) {
     const Weight* b = static_cast<const Weight*>(task.b) + task.weight[p] * task.b_weight;
     float* c = task.c + static_cast<std::ptrdiff_t>(p) * task.rows * width;
@@ -166,7 +229,27 @@ void run_points(int vectors, const PointProducts& task) {
       const int end = (block + 1) * task.rows / blocks;
       kTables<Weight>.point[vectors][end - first](a + first * task.a_row, task.a_row, task.depth, b,
                                                   c + static_cast<std::ptrdiff_t>(first) * width,
-                                                  task.add);
+                                                  task.add,
+                                                  reinterpret_cast<const char*>(b) + distance +
+                                                      block * task.depth * step,
+                                                  step);
+      first = end;
+    }
+  }
+}
+
+void run_tap_points(int vectors, const TapProducts& task) {
+  const int blocks = (task.rows + kRows[vectors] - 1) / kRows[vectors];
+  const int width = vectors * W;
+  for (int p = 0; p < task.points; ++p) {
+    float* c = task.c + static_cast<std::ptrdiff_t>(p) * task.rows * width;
+    const float* a = task.a + p * task.a_point;
+    int first = 0;
+    for (int block = 0; block < blocks; ++block) {
+      const int end = (block + 1) * task.rows / blocks;
+      kTapTable.tap[vectors][end - first](a + first * task.a_row, task.a_row, task.depth, task.taps,
+                                          task.factors[p], c + static_cast<std::ptrdiff_t>(first) * width,
+                                          task.add);
       first = end;
     }
   }
@@ -325,6 +408,7 @@ const Isa isa = {RVGG_NAME,
                  supported,
                  {run_product<float>, run_product<std::uint16_t>},
                  {run_points<float>, run_points<std::uint16_t>},
+                 run_tap_points,
                  find_axis,
                  mean_pool};
 }  // namespace RVGG_ISA

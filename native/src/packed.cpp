@@ -93,7 +93,7 @@ PackedConv::PackedConv(const Isa& isa, const Conv& conv, const Algorithm& algori
   const int depth = conv.in_channels / conv.groups;
   const Axes axes = algorithm.winograd() ? axes_of(isa, conv, algorithm) : Axes{};
   const bool by_points = algorithm.winograd() && algorithm.order == Order::points;
-  const bool is_fresh = algorithm.winograd() && algorithm.order == Order::fresh;
+  const bool is_fresh = algorithm.winograd() && keeps_weights(algorithm.order);
   const int weights = algorithm.winograd() && !is_fresh ? axes.rows->weights * axes.columns->weights
                                                         : conv.taps();
   std::size_t size = 0, biases = 0;

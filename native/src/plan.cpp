@@ -156,7 +156,7 @@ Plan make_plan(const Network& network, const Isa& isa, int images, int height, i
       Algorithm& algorithm = plan.algorithms[static_cast<std::size_t>(i)];
       algorithm = choose(node.conv, segment.images, input.shape.height, input.shape.width);
       if (input.pixel % isa.lanes) algorithm.rows = algorithm.columns = 0;
-      if (i < banded && algorithm.order != Order::fresh) algorithm.order = Order::blocks;
+      if (i < banded && !keeps_weights(algorithm.order)) algorithm.order = Order::blocks;
       // Tiles of the layers before the last would begin elsewhere in each band.
       if (i < banded - 1) algorithm.rows = algorithm.columns = 0;
       widen(input.border, border(isa, node.conv, algorithm, input.shape.height, input.shape.width));

@@ -44,7 +44,7 @@ bool from_text(const std::string& text, Algorithm& a) {
     return false;
   }
   a.order = static_cast<Order>(order);
-  return order >= 0 && order <= 3 && a.rows >= 0 && a.rows <= 16 && a.columns >= 0 && a.columns <= 16 && a.block >= 1 &&
+  return order >= 0 && order <= 4 && a.rows >= 0 && a.rows <= 16 && a.columns >= 0 && a.columns <= 16 && a.block >= 1 &&
          a.block <= 1024 && a.vectors >= 1 && a.vectors <= 3;
 }
 
@@ -108,6 +108,9 @@ double Tuner::model(const Conv& conv, const Algorithm& a, int images, int height
     if (a.order == Order::fresh) {
       const double times = std::max(1.0, tiles / a.block);
       compute += times * in / conv.groups * out * 2.0 * (3 + c.weights) * r.weights / (flops_ / 3);
+    } else if (a.order == Order::fused) {  // for each register tile anew
+      const double tiles_at_once = std::min<double>(isa_.max_rows[a.vectors], std::min<double>(tiles, a.block));
+      compute += tiles / tiles_at_once * in / conv.groups * out * 2.0 * 3 * r.products * c.products / (flops_ * 0.7);
     } else {
       weights = bytes * in / conv.groups * out * r.weights * c.weights;
     }
@@ -149,10 +152,11 @@ std::vector<Algorithm> Tuner::candidates(const Conv& conv, int images, int heigh
         const double points = r->products * c->products;
         const double pairs = static_cast<double>(conv.in_channels) / conv.groups * conv.out_channels;
         for (int block : {6, 12, 24, 48, 96}) {
-          for (Order order : {Order::blocks, Order::panels, Order::points, Order::fresh}) {
+          for (Order order : {Order::blocks, Order::panels, Order::points, Order::fresh, Order::fused}) {
             if (order == Order::points && block != 12) continue;  // it has none
-            if (order == Order::fresh ? block < 12 : block > 48 || compact_) continue;
-            if (order != Order::fresh && 4.0 * pairs * r->weights * c->weights > kMaxWeights) continue;
+            if (keeps_weights(order) ? block < 12 : block > 48 || compact_) continue;
+            if (order == Order::fused && block > 24) continue;
+            if (!keeps_weights(order) && 4.0 * pairs * r->weights * c->weights > kMaxWeights) continue;
             if (block > 6 && block > tiles && order != Order::points) continue;
             const double shared = tiles * points * (conv.in_channels + conv.out_channels);
             if (order != Order::blocks && shared > static_cast<double>(kMaxShared)) continue;

@@ -17,6 +17,11 @@ std::ptrdiff_t odd_lines(std::ptrdiff_t floats) {
 // cache.
 constexpr int kTapsAtOnce = 8;
 
+// Into the second cache, what will be needed soon.
+void fetch(const char* begin, const char* end) {
+  for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
+}
+
 // One Winograd convolution of one batch.
 class Winograd {
  public:
@@ -38,6 +43,10 @@ class Winograd {
         weight_[i * axes_.columns->products + j] = static_cast<std::uint8_t>(
             axes_.rows->weight[i] * axes_.columns->weights + axes_.columns->weight[j]);
       }
+    }
+    for (int j = 0; j < axes_.columns->products; ++j) {
+      const double* taps = axes_.columns->taps[axes_.columns->weight[j]];
+      for (int x = 0; x < 3; ++x) factors_[j][x] = static_cast<float>(taps[x]);
     }
   }
 
@@ -123,6 +132,39 @@ class Winograd {
     return static_cast<std::size_t>(axes_.rows->weights * axes_.columns->weights * u_weight(vectors));
   }
 
+  // As `multiply_fresh`, but only the rows of the kernels are transformed beforehand, and the columns
+  // in the registers.
+  void multiply_fused(const PackedConv::Panel& panel, std::int64_t first, std::int64_t end,
+                      const float* a, std::ptrdiff_t a_point, float* products, float* taps,
+                      float* lines) const {
+    const int count = static_cast<int>(end - first), width = panel.vectors * isa_.lanes;
+    const int depth = conv_.in_channels / conv_.groups, columns = axes_.columns->products;
+    const std::ptrdiff_t bytes = conv_.half ? sizeof(std::uint16_t) : sizeof(float);
+    for (int k = 0; k < depth; k += kChain) {
+      const int part = std::min(kChain, depth - k), lines_of = part * panel.vectors * 3;
+      const char* raw = static_cast<const char*>(packed_.weights(panel)) + bytes * k * 9 * width;
+      const std::ptrdiff_t line = std::ptrdiff_t{lines_of} * isa_.lanes;
+      axes_.rows->kernel[conv_.half]({raw, isa_.lanes, 3 * isa_.lanes, taps, line, isa_.lanes, lines_of});
+      const int rows = axes_.rows->products;
+      const char* next = raw + bytes * part * 9 * width;
+      const std::ptrdiff_t ahead = bytes * 9 * width * std::min(kChain, depth);
+      for (int i = 0; i < rows; ++i) {
+        fetch(next + ahead * i / rows, next + ahead * (i + 1) / rows);
+        const std::ptrdiff_t point = std::ptrdiff_t{i} * columns;
+        isa_.tap_points(panel.vectors,
+                        {a + point * a_point + first * a_row_ + std::ptrdiff_t{panel.group} * depth + k,
+                         a_point, a_row_, count, part, taps + axes_.rows->weight[i] * line, factors_,
+                         columns, products + point * count * width, k > 0});
+      }
+    }
+    for (std::int64_t tile = first; tile < end; ++tile) {
+      store(panel, tile, products + (tile - first) * width, std::ptrdiff_t{count} * width, lines);
+    }
+  }
+  std::size_t taps_size(int vectors) const {
+    return static_cast<std::size_t>(axes_.rows->weights * 3 * u_weight(vectors));
+  }
+
   int points() const { return points_; }
   std::ptrdiff_t c_point() const {
     const PackedConv::Panel& last = packed_.panels().back();
@@ -196,6 +238,7 @@ class Winograd {
   TileLine rows_, columns_;
   int points_, channels_, a_row_;
   std::uint8_t weight_[kMaxProducts * kMaxProducts];
+  float factors_[kMaxProducts][3];  // of the columns' products
 };
 
 // Before the threads start, so that none of them waits for memory.
@@ -234,13 +277,15 @@ void run_by_blocks(const Winograd& job, const PackedConv& packed, int block, int
 
 // All threads transform all tiles; then each takes panels, so that the weights pass once.
 void run_by_panels(const Winograd& job, const PackedConv& packed, int block, int vectors,
-                   bool is_fresh, Pool& pool, Scratch& scratch) {
+                   Order order, Pool& pool, Scratch& scratch) {
   const std::int64_t tiles = job.tiles();
   const std::int64_t blocks = (tiles + block - 1) / block;
   const std::int64_t largest = (tiles + blocks - 1) / blocks;
   const std::ptrdiff_t a_point = job.a_point(tiles);
   const std::size_t c_size = whole_lines(job.products_size(static_cast<int>(largest), vectors));
-  const std::size_t u_size = is_fresh ? job.fresh_size(vectors) : 0;
+  const std::size_t u_size = order == Order::fresh   ? job.fresh_size(vectors)
+                             : order == Order::fused ? whole_lines(job.taps_size(vectors))
+                                                     : 0;
   scratch.shared.reserve(job.transformed_size(tiles));
   reserve(scratch, c_size + u_size + job.lines_size());
   float* a = scratch.shared.data();
@@ -254,8 +299,10 @@ void run_by_panels(const Winograd& job, const PackedConv& packed, int block, int
     float* lines = u + u_size;
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t first = b * tiles / blocks, end = (b + 1) * tiles / blocks;
-      if (is_fresh) {
+      if (order == Order::fresh) {
         job.multiply_fresh(panel, first, end, a, a_point, products, u, lines);
+      } else if (order == Order::fused) {
+        job.multiply_fused(panel, first, end, a, a_point, products, u, lines);
       } else {
         job.multiply(panel, first, end, a, a_point, first, products, lines);
       }
@@ -292,8 +339,7 @@ void run_winograd(const Isa& isa, const PackedConv& packed, const Algorithm& alg
   if (algorithm.order == Order::blocks) {
     return run_by_blocks(job, packed, algorithm.block, algorithm.vectors, pool, scratch);
   }
-  run_by_panels(job, packed, algorithm.block, algorithm.vectors, algorithm.order == Order::fresh,
-                pool, scratch);
+  run_by_panels(job, packed, algorithm.block, algorithm.vectors, algorithm.order, pool, scratch);
 }
 
 }  // namespace rvgg
