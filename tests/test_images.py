@@ -20,7 +20,7 @@ from repvgg.data.order import epoch_order
 from repvgg.data.transforms import Once, Shift, evaluation_transform, normalize, training_transform
 from repvgg.errors import InputError
 from repvgg.preprocessing import Preprocessing
-from repvgg.training.config import Augmentation
+from repvgg.training.config import Augmentation, TrainConfig
 
 SMALL = Preprocessing.for_channels(1, 8)
 
@@ -210,24 +210,31 @@ def test_the_smallest_images_can_be_shifted(size, augmentation):
 
 
 @pytest.mark.parametrize(
-    ("channels", "reflect", "flip"), [(3, True, False), (3, False, True), (1, False, False)]
+    ("channels", "reflect", "flip", "reach"),
+    [(3, True, False, 1), (3, False, True, 2), (1, False, False, 2), (3, True, False, 0)],
 )
 def test_shifts_are_all_crops_of_torchvisions_padded_image_about_equally_often(
-    channels, reflect, flip
+    channels, reflect, flip, reach
 ):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, channels), dtype=np.uint8)
     image = Image.fromarray(pixels.squeeze())
     mode = "reflect" if reflect else "constant"
-    padded = F.pad(F.pil_to_tensor(image), [2] * 4, padding_mode=mode)
-    places = [(down, right) for down in range(5) for right in range(5)]
+    padded = F.pad(F.pil_to_tensor(image), [reach] * 4, padding_mode=mode)
+    places = [(down, right) for down in range(2 * reach + 1) for right in range(2 * reach + 1)]
     crops = [F.crop(padded, down, right, 16, 16) for down, right in places]
     expected = crops + [crop.flip(-1) for crop in crops] * flip
-    shift = Shift(Preprocessing.for_channels(channels, 16), reflect=reflect, flip=flip)
+    preprocessing = Preprocessing.for_channels(channels, 16)
+    shift = Shift(preprocessing, reach / 16, reflect=reflect, flip=flip)
     shifted = changed(shift, image, 40 * len(expected))
     counts = Counter(part.contiguous().numpy().tobytes() for part in shifted)
     assert counts.keys() == {crop.numpy().tobytes() for crop in expected}
     assert min(counts.values()) > 15
     assert max(counts.values()) < 70
+
+
+def test_a_largest_shift_is_refused_where_nothing_shifts():
+    with pytest.raises(InputError, match="max_shift: for an augmentation that shifts only"):
+        TrainConfig(augmentation="crop-flip", max_shift=0.25)
 
 
 @pytest.mark.parametrize("augmentation", get_args(Augmentation))

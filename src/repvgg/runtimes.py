@@ -212,12 +212,11 @@ def _mnn(onnx: Path, images: Tensor, threads: int) -> Runner:
         files = ["--modelFile", str(onnx.resolve()), "--MNNModel", str(target)]
         command = [sys.executable, "-c", script, "-f", "ONNX", *files, "--bizCode", "repvgg"]
         _convert("mnn", command, target)
+        # The argument `thread_num` of the loader takes two threads where one is asked for.
+        settings = {"backend": "CPU", "precision": "high", "numThread": threads}
+        manager = mnn.create_runtime_manager((settings,))
         network = mnn.load_module_from_file(
-            str(target),
-            ["images"],
-            ["logits"],
-            precision_mode=expr.PrecisionMode.High,
-            thread_num=threads,
+            str(target), ["images"], ["logits"], runtime_manager=manager
         )
     inputs = expr.const(images.numpy(), list(images.shape), expr.NCHW)
     return lambda: torch.from_numpy(np.array(network.forward(inputs).read()))

@@ -182,7 +182,7 @@ def training_loader(config: TrainConfig, network: RepVGG, images: Images, world:
     """This process's part of the batches of a config."""
     return Loader(
         images,
-        training_transform(network.preprocessing, config.augmentation),
+        training_transform(network.preprocessing, config.augmentation, config.max_shift),
         config.batch_size,
         seed=config.seed,
         mixup=config.mixup,

@@ -128,8 +128,9 @@ class TrainConfig(RunConfig):
             in the paper. Smaller ones are not in the way of a 3×3 branch that learns fast.
         data: folder with train/ and val/, each with a folder a class; `cifar10:DIR`; `digits`.
         augmentation: random changes of the training images: a resized part and a flip, the same
-            with AutoAugment, a shift by up to 1/8 and a flip, a shift with reflected borders and a
-            flip in every second epoch, a shift alone, or none.
+            with AutoAugment, a shift and a flip, a shift with reflected borders and a flip in every
+            second epoch, a shift alone, or none.
+        max_shift: largest shift, as a share of the size.
         label_smoothing: share of a label that is spread over all classes.
         mixup: alpha of the beta distribution by which pairs of images are mixed; 0 for none.
         auxiliary_weight: what the loss of each auxiliary head counts, against 1 of the network's
@@ -145,6 +146,7 @@ class TrainConfig(RunConfig):
     branch_scale: float = 1.0
     data: str = ""
     augmentation: Augmentation = "crop-flip"
+    max_shift: float = 0.125
     label_smoothing: float = 0.0
     mixup: float = 0.0
     auxiliary_weight: float | None = None
@@ -153,6 +155,10 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of(self, "augmentation", get_args(Augmentation))
+        if self.max_shift != 0.125 and not self.augmentation.startswith("shift"):
+            raise InputError(
+                f"max_shift: for an augmentation that shifts only, found {self.augmentation!r}"
+            )
         if self.whiten_stem and self.pretrained:
             raise InputError("whiten_stem: for a network without pretrained weights only")
         if self.branch_scale != 1 and self.pretrained:
@@ -196,6 +202,7 @@ BOUNDS = (
     ("momentum", 0, 1),
     ("weight_decay", 0, UNBOUNDED),
     ("label_smoothing", 0, 0.99),
+    ("max_shift", 0, 0.5),
     ("mixup", 0, UNBOUNDED),
     ("auxiliary_weight", 0, UNBOUNDED),
     ("ema_decay", 0, 0.999999),

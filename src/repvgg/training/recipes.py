@@ -41,6 +41,7 @@ def cifar10() -> TrainConfig:
         weight_decay=1e-3,
         label_smoothing=0.1,
         augmentation="shift-alternate-flip",
+        max_shift=1 / 16,
     )
 
 
