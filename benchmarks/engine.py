@@ -7,6 +7,7 @@ some let their threads spin long after a call. In each round every runtime does 
 not timed and one that is. The file grows case by case, and a second call goes on from it.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -78,7 +79,11 @@ def network_of(name: str) -> nn.Module:
 
 
 def work(pipe: Any, case: Row, name: Runtime, isa: str | None, onnx: Path) -> None:
-    """Life of one runtime's process: prepare, say how exact and how large it is, run when asked."""
+    """Life of one runtime's process: prepare, say how exact and how large it is, run when asked.
+
+    The engine says too how it computes each layer, and which share of the processor's limit it
+    reaches.
+    """
     torch.set_num_threads(case["threads"])
     network = network_of(case["model"])
     generator = torch.Generator().manual_seed(0)
@@ -86,18 +91,23 @@ def work(pipe: Any, case: Row, name: Runtime, isa: str | None, onnx: Path) -> No
     with torch.inference_mode():
         expected = network(images)
     before = resident_megabytes()
+    layers = None
     if name == "native":
         engine = repvgg.compile(network, threads=case["threads"], isa=isa)
 
         def run() -> torch.Tensor:
             return engine(images)
+
+        run()
+        layers = [dataclasses.asdict(layer) for layer in engine.plan]
     else:
         protocol = Protocol(
             runtime=name, batch=case["batch"], threads=case["threads"], device="cpu"
         )
         run = prepare(network, images, protocol, onnx if needs_onnx(name) else None)
     error = compare_outputs(expected, run()).max_rel_error
-    pipe.send({"max_rel_error": error, "megabytes": resident_megabytes() - before})
+    facts = {"max_rel_error": error, "megabytes": resident_megabytes() - before}
+    pipe.send(facts if layers is None else {**facts, "layers": layers})
     while pipe.recv():
         run()
         start = time.perf_counter()

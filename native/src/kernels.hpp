@@ -13,6 +13,9 @@ constexpr int kMaxProducts = 15;  // of one dimension of a Winograd tile
 // with its length, and the inverse transform of a large tile amplifies it.
 constexpr int kChain = 48;
 
+// Independent ones, enough to keep every multiplier busy.
+constexpr int kMultiplyAdds = 12;
+
 // C[r][j] = bias[j] + sum over s, k of A[r][s][k] B[s][k][j], with or without ReLU.
 struct Product {
   const float* a;          // A[r][s][k] = a[row[r] + segment[s] + k]
@@ -100,6 +103,8 @@ struct Isa {
   void (*product[2])(int rows, int vectors, const Product&);
   void (*points[2])(int vectors, const PointProducts&);
   void (*tap_points)(int vectors, const TapProducts&);
+  // As fast as the processor can: `count` times kMultiplyAdds vectors, from and to `numbers`.
+  void (*multiply_add)(int count, float* numbers);
   const Axis* (*axis)(int outputs, int stride);  // null if there is none
   void (*pool)(const float* src, std::ptrdiff_t pixel, std::ptrdiff_t row, int height, int width,
                int channels, float* dst);        // means; channels is a multiple of the lanes

@@ -255,6 +255,19 @@ void run_tap_points(int vectors, const TapProducts& task) {
   }
 }
 
+void multiply_add(int count, float* numbers) {
+  vec sum[kMultiplyAdds];
+#pragma GCC unroll 16
+  for (int i = 0; i < kMultiplyAdds; ++i) sum[i] = load(numbers + i * W);
+  const vec a = vec{} + 0.75f, b = vec{} + 0.25f;
+  for (int n = 0; n < count; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kMultiplyAdds; ++i) sum[i] = sum[i] * a + b;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kMultiplyAdds; ++i) store(numbers + i * W, sum[i]);
+}
+
 // Every line: read In numbers, make Out of them, and give them to `finish` with their place.
 template <int In, int Out, class Number = float, class Make, class Finish>
 [[gnu::always_inline]] inline void each_line(const Lines& lines, const Make& make,
@@ -409,6 +422,7 @@ const Isa isa = {RVGG_NAME,
                  {run_product<float>, run_product<std::uint16_t>},
                  {run_points<float>, run_points<std::uint16_t>},
                  run_tap_points,
+                 multiply_add,
                  find_axis,
                  mean_pool};
 }  // namespace RVGG_ISA

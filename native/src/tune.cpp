@@ -22,6 +22,7 @@ constexpr double kMaxWeights = 1.5e9;                   // bytes of one layer's 
 constexpr std::size_t kMeasured = 8;                    // tiles, by the fast tuning
 constexpr std::size_t kFinalists = 3;                   // are measured again, in turn
 constexpr int kFinals = 2;                              // times
+constexpr double kRegisterTile = 0.7;                   // of the peak, in the first cache
 constexpr const char* kBands = "bands ";
 
 std::string key(const Isa& isa, bool compact, int threads, const Conv& conv, int images, int height,
@@ -74,21 +75,17 @@ double busy_threads(const Isa& isa, const Conv& conv, const Algorithm& a, int im
 // Peak and bandwidth by two short loops; the model needs their ratio more than their values.
 void Tuner::calibrate() {
   if (peak_ > 0) return;
-  const int rows = isa_.max_rows[2], depth = 256, width = 2 * isa_.lanes;
-  Buffer a(static_cast<std::size_t>(rows * depth)), b(static_cast<std::size_t>(depth * width)),
-      c(static_cast<std::size_t>(rows * width));
-  const std::uint8_t weight = 0;
+  constexpr int count = 2000, tries = 200;
+  Buffer numbers(static_cast<std::size_t>(kMultiplyAdds * isa_.lanes));
   double best = 1;
-  for (int i = 0; i < 20; ++i) {
+  for (int i = 0; i < tries; ++i) {
     const auto start = Clock::now();
-    for (int j = 0; j < 10; ++j) {
-      isa_.points[0](2, {a.data(), 0, depth, rows, depth, b.data(), 0, &weight, 1, c.data()});
-    }
-    best = std::min(best, seconds_since(start) / 10);
+    isa_.multiply_add(count, numbers.data());
+    best = std::min(best, seconds_since(start));
   }
-  peak_ = 2.0 * rows * depth * width / best;
+  peak_ = 2.0 * count * kMultiplyAdds * isa_.lanes / best;
   if (tuning_ == Tuning::none) return;
-  flops_ = peak_;
+  flops_ = kRegisterTile * peak_;
   sweep_ = Buffer(kSweep);
   std::fill_n(sweep_.data(), kSweep, 1.0f);
   double pass = 1;
@@ -114,7 +111,7 @@ double Tuner::model(const Conv& conv, const Algorithm& a, int images, int height
   const double in = conv.in_channels, out = conv.out_channels;
   const double width_used = conv.out_channels / conv.groups /
                             static_cast<double>(round_up(conv.out_channels / conv.groups, isa_.lanes));
-  double compute = 2 * work / width_used / (flops_ * 0.7);
+  double compute = 2 * work / width_used / (flops_ * 0.9);
   const double bytes = conv.half ? 2 : 4;
   double weights = bytes * in / conv.groups * out * conv.taps();
   if (a.winograd()) {
@@ -127,7 +124,7 @@ double Tuner::model(const Conv& conv, const Algorithm& a, int images, int height
     } else if (a.order == Order::fused) {  // finished for each register tile anew
       const double rows = std::min<double>({tiles, 1.0 * a.block, 1.0 * isa_.max_rows[a.vectors]});
       const double extra = 3 / rows * work;
-      compute = 2 * (work + extra) / width_used / (flops_ * 0.45);
+      compute = 2 * (work + extra) / width_used / (flops_ * 0.6);
     } else {
       weights = bytes * in / conv.groups * out * r.weights * c.weights;
     }
