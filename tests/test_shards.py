@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import warnings
 
 import numpy as np
@@ -152,13 +153,14 @@ def open_files_in(folder):
     return [path for path in found if path.startswith(f"{folder.resolve()}/")]
 
 
-def test_few_files_stay_open_and_a_copy_travels_without_them(packed, monkeypatch):
+def test_few_files_stay_open_and_a_copy_travels_without_them(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "OPEN_FILES", 2)
-    images = open_images(str(packed), "train")
+    own = shutil.copytree(packed, tmp_path / "own")
+    images = open_images(str(own), "train")
     files = reader(images)._files
     first = [images.decode(index).tobytes() for index in range(len(images))]
     assert len(files) == 2
-    assert len(open_files_in(packed)) == 2
+    assert len(open_files_in(own)) == 2
     copy = pickle.loads(pickle.dumps(images))
     assert not reader(copy)._files
     assert [copy.decode(index).tobytes() for index in range(len(copy))] == first
