@@ -76,7 +76,7 @@ void test_one_convolution(const char* isa) {
   const int columns = rows ? pick(2, 7) : 0;
   options.algorithm = std::to_string(rows) + " " + std::to_string(columns) + " " +
                       std::to_string(pick(1, 3)) + " " + std::to_string(pick(1, 50)) + " " +
-                      std::to_string(pick(0, 3));
+                      std::to_string(pick(0, 4));
   const Conv whole = network.nodes[1].conv;
   const auto x = normal(static_cast<std::size_t>(images * conv.in_channels * height * width));
   const std::vector<double> truth = naive(whole, x.data(), images, height, width);
