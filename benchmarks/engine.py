@@ -90,8 +90,7 @@ def work(pipe: Any, case: Row, name: Runtime, isa: str | None, onnx: Path) -> No
     images = torch.randn(case["batch"], 3, case["size"], case["size"], generator=generator)
     with torch.inference_mode():
         expected = network(images)
-    before = resident_megabytes()
-    layers = None
+    before, facts = resident_megabytes(), {}
     if name == "native":
         engine = repvgg.compile(network, threads=case["threads"], isa=isa)
 
@@ -99,15 +98,14 @@ def work(pipe: Any, case: Row, name: Runtime, isa: str | None, onnx: Path) -> No
             return engine(images)
 
         run()
-        layers = [dataclasses.asdict(layer) for layer in engine.plan]
+        facts["layers"] = [dataclasses.asdict(layer) for layer in engine.plan]
     else:
         protocol = Protocol(
             runtime=name, batch=case["batch"], threads=case["threads"], device="cpu"
         )
         run = prepare(network, images, protocol, onnx if needs_onnx(name) else None)
     error = compare_outputs(expected, run()).max_rel_error
-    facts = {"max_rel_error": error, "megabytes": resident_megabytes() - before}
-    pipe.send(facts if layers is None else {**facts, "layers": layers})
+    pipe.send({"max_rel_error": error, "megabytes": resident_megabytes() - before, **facts})
     while pipe.recv():
         run()
         start = time.perf_counter()

@@ -52,11 +52,13 @@ struct TapProducts {
   const float* a;
   std::ptrdiff_t a_point, a_row;
   int rows, depth;
-  const float* taps;          // t[i] of input channel k, vector j at taps[((k * vectors + j) * 3 + i) * lanes]
+  const float* taps;          // [depth][vectors][3][lanes]
   const float (*factors)[3];  // of each point
   int points;
   float* c;
   bool add;
+  const char* next;  // as above
+  std::ptrdiff_t next_bytes;
 };
 
 // A 1-D transform of many lines of vectors. Item i of line l is read at src[i * step + l * next]

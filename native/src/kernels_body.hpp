@@ -42,13 +42,17 @@ constexpr int kRows[4] = {0, RVGG_ROWS};
 constexpr int kAheadBytes = 8192;
 constexpr int kLineBytes = 64;
 
-template <int Count, class Weight>
-[[gnu::always_inline]] inline void fetch_ahead(const Weight* b) {
-  const char* ahead = reinterpret_cast<const char*>(b) + kAheadBytes;
+template <int Bytes>
+[[gnu::always_inline]] inline void fetch(const char* from) {
 #pragma GCC unroll 16
-  for (int i = 0; i < Count * static_cast<int>(sizeof(Weight)); i += kLineBytes) {
-    __builtin_prefetch(ahead + i, 0, 2);
-  }
+  for (int i = 0; i < Bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 2);
+}
+// The part of `next` that belongs to one of so many points.
+template <class Task>
+[[gnu::always_inline]] inline void fetch_next(const Task& task, int point) {
+  const char* from = task.next + point * task.next_bytes / task.points;
+  const char* end = task.next + (point + 1) * task.next_bytes / task.points;
+  for (; from < end; from += kLineBytes) __builtin_prefetch(from, 0, 2);
 }
 
 // One register tile. The sums over (segment, k) run in registers from the first to the last.
@@ -67,7 +71,7 @@ void product(const Product& task) {
     for (int r = 0; r < Rows; ++r) row[r] = task.a + task.row[r] + task.segment[s];
     for (int k = 0; k < task.depth; ++k, b += Vectors * W) {
       vec w[Vectors];
-      fetch_ahead<Vectors * W>(b);
+      fetch<Vectors * W * sizeof(Weight)>(reinterpret_cast<const char*>(b) + kAheadBytes);
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
 #pragma GCC unroll 16
@@ -87,67 +91,21 @@ void product(const Product& task) {
   }
 }
 
-// Weights that are needed later are fetched meanwhile: `step` bytes from `ahead` on for each k.
-template <int Rows, int Vectors, class Weight>
-void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight* b, float* c,
-                   bool add, const char* ahead, std::ptrdiff_t step) {
+// C = A B or C += A B over `depth` channels, of which `weights` gives one row of B after the other.
+template <int Rows, int Vectors, class Weights>
+[[gnu::always_inline]] inline void chain(const float* a, std::ptrdiff_t a_row, int depth, float* c,
+                                         bool add, const Weights& weights) {
   const float* row[Rows];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) row[r] = a + r * a_row;
-  for (int begin = 0; begin < depth; begin += kChain) {
-    vec sum[Rows][Vectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) sum[r][j] = vec{};
-    }
-    const int end = depth - begin < kChain ? depth : begin + kChain;
-    for (int k = begin; k < end; ++k, b += Vectors * W, ahead += step) {
-      vec w[Vectors];
-#pragma GCC unroll 16
-      for (int i = 0; i < Vectors * W * static_cast<int>(sizeof(Weight)); i += kLineBytes) {
-        __builtin_prefetch(ahead + i, 0, 2);
-      }
-#pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-        for (int j = 0; j < Vectors; ++j) sum[r][j] += row[r][k] * w[j];
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) {
-        float* to = c + (r * Vectors + j) * W;
-        store(to, begin || add ? load(to) + sum[r][j] : sum[r][j]);
-      }
-    }
-  }
-}
-
-// The same for at most kChain of the depth, where the weights are made of taps in the registers.
-template <int Rows, int Vectors>
-void tap_product(const float* a, std::ptrdiff_t a_row, int depth, const float* taps,
-                 const float* factors, float* c, bool add) {
-  const float* row[Rows];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) row[r] = a + r * a_row;
   vec sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
+    row[r] = a + r * a_row;
 #pragma GCC unroll 16
     for (int j = 0; j < Vectors; ++j) sum[r][j] = vec{};
   }
-  const vec f0 = vec{} + factors[0], f1 = vec{} + factors[1], f2 = vec{} + factors[2];
-  for (int k = 0; k < depth; ++k, taps += Vectors * 3 * W) {
+  for (int k = 0; k < depth; ++k) {
     vec w[Vectors];
-#pragma GCC unroll 16
-    for (int j = 0; j < Vectors; ++j) {
-      const float* t = taps + j * 3 * W;
-      w[j] = f0 * load(t) + f1 * load(t + W) + f2 * load(t + 2 * W);
-    }
+    weights(w);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
@@ -164,18 +122,50 @@ void tap_product(const float* a, std::ptrdiff_t a_row, int depth, const float* t
   }
 }
 
+// Weights that are needed later are fetched meanwhile: `step` bytes from `ahead` on for each k.
+template <int Rows, int Vectors, class Weight>
+void point_product(const float* a, std::ptrdiff_t a_row, int depth, const Weight* b, float* c,
+                   bool add, const char* ahead, std::ptrdiff_t step) {
+  for (int k = 0; k < depth; k += kChain) {
+    const int part = depth - k < kChain ? depth - k : kChain;
+    chain<Rows, Vectors>(a + k, a_row, part, c, k || add, [&](vec* w) {
+      fetch<Vectors * W * sizeof(Weight)>(ahead);
+#pragma GCC unroll 16
+      for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
+      b += Vectors * W;
+      ahead += step;
+    });
+  }
+}
+
+// The weights are made of taps in the registers.
+template <int Rows, int Vectors>
+void tap_product(const float* a, std::ptrdiff_t a_row, int depth, const float* taps,
+                 const float* factors, float* c, bool add) {
+  const vec f0 = vec{} + factors[0], f1 = vec{} + factors[1], f2 = vec{} + factors[2];
+  chain<Rows, Vectors>(a, a_row, depth, c, add, [&](vec* w) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j, taps += 3 * W) {
+      w[j] = f0 * load(taps) + f1 * load(taps + W) + f2 * load(taps + 2 * W);
+    }
+  });
+}
+
 template <class Weight>
 struct Tables {
   using ProductFn = void (*)(const Product&);
   using PointFn = void (*)(const float*, std::ptrdiff_t, int, const Weight*, float*, bool,
                            const char*, std::ptrdiff_t);
+  using TapFn = void (*)(const float*, std::ptrdiff_t, int, const float*, const float*, float*, bool);
   ProductFn product[4][kMaxRows + 1]{};
   PointFn point[4][kMaxRows + 1]{};
+  TapFn tap[4][kMaxRows + 1]{};  // whatever the weights are stored as
 
   template <int Vectors, int... R>
   constexpr void fill(std::integer_sequence<int, R...>) {
     ((product[Vectors][R + 1] = rvgg::product<R + 1, Vectors, Weight>), ...);
     ((point[Vectors][R + 1] = point_product<R + 1, Vectors, Weight>), ...);
+    ((tap[Vectors][R + 1] = tap_product<R + 1, Vectors>), ...);
   }
   constexpr Tables() {
     fill<1>(std::make_integer_sequence<int, kRows[1]>{});
@@ -186,73 +176,50 @@ struct Tables {
 template <class Weight>
 constexpr Tables<Weight> kTables;
 
-struct TapTable {
-  using Fn = void (*)(const float*, std::ptrdiff_t, int, const float*, const float*, float*, bool);
-  Fn tap[4][kMaxRows + 1]{};
-
-  template <int Vectors, int... R>
-  constexpr void fill(std::integer_sequence<int, R...>) {
-    ((tap[Vectors][R + 1] = tap_product<R + 1, Vectors>), ...);
-  }
-  constexpr TapTable() {
-    fill<1>(std::make_integer_sequence<int, kRows[1]>{});
-    fill<2>(std::make_integer_sequence<int, kRows[2]>{});
-    fill<3>(std::make_integer_sequence<int, kRows[3]>{});
-  }
-};
-constexpr TapTable kTapTable;
-
 template <class Weight>
 void run_product(int rows, int vectors, const Product& task) {
   kTables<Weight>.product[vectors][rows](task);
 }
 
-// Rows are split evenly (7 + 7 and not 12 + 2): narrow register tiles waste the multipliers.
-template <class Weight>
-void run_points(int vectors, const PointProducts& task) {
-  const int blocks = (task.rows + kRows[vectors] - 1) / kRows[vectors];
-  const int width = vectors * W;
-  // Each block of rows reads the weights of the point again, all but the first from the cache. They
-  // share out what is to be fetched for later points, so that memory never waits.
-  const std::ptrdiff_t size = std::ptrdiff_t{task.depth} * width * static_cast<int>(sizeof(Weight));
-  const std::ptrdiff_t distance = blocks == 1 ? kAheadBytes : (kAheadBytes + size - 1) / size * size;
-  const std::ptrdiff_t step = width * static_cast<std::ptrdiff_t>(sizeof(Weight)) / blocks;
+int row_blocks(int rows, int vectors) { return (rows + kRows[vectors] - 1) / kRows[vectors]; }
+
+// Register tiles of all rows of each point, `each`(point, block, its first row, how many, C). Rows are
+// split evenly (7 + 7 and not 12 + 2): narrow register tiles waste the multipliers.
+template <class Task, class Each>
+[[gnu::always_inline]] inline void each_register_tile(const Task& task, int vectors,
+                                                      const Each& each) {
+  const int blocks = row_blocks(task.rows, vectors);
   for (int p = 0; p < task.points; ++p) {
-    const Weight* b = static_cast<const Weight*>(task.b) + task.weight[p] * task.b_weight;
-    float* c = task.c + static_cast<std::ptrdiff_t>(p) * task.rows * width;
-    const float* a = task.a + p * task.a_point;
-    const char* next = task.next + p * task.next_bytes / task.points;
-    const char* next_end = task.next + (p + 1) * task.next_bytes / task.points;
-    for (; next < next_end; next += kLineBytes) __builtin_prefetch(next, 0, 2);
-    int first = 0;
+    fetch_next(task, p);
     for (int block = 0; block < blocks; ++block) {
-      const int end = (block + 1) * task.rows / blocks;
-      kTables<Weight>.point[vectors][end - first](a + first * task.a_row, task.a_row, task.depth, b,
-                                                  c + static_cast<std::ptrdiff_t>(first) * width,
-                                                  task.add,
-                                                  reinterpret_cast<const char*>(b) + distance +
-                                                      block * task.depth * step,
-                                                  step);
-      first = end;
+      const int first = block * task.rows / blocks, end = (block + 1) * task.rows / blocks;
+      each(p, block, first, end - first,
+           task.c + (std::ptrdiff_t{p} * task.rows + first) * vectors * W);
     }
   }
 }
 
+template <class Weight>
+void run_points(int vectors, const PointProducts& task) {
+  // Each block of rows reads the weights of the point again, all but the first from the cache. They
+  // share out what is to be fetched for later points, so that memory never waits.
+  const int blocks = row_blocks(task.rows, vectors);
+  const std::ptrdiff_t row = std::ptrdiff_t{vectors} * W * static_cast<int>(sizeof(Weight));
+  const std::ptrdiff_t size = task.depth * row, step = row / blocks;
+  const std::ptrdiff_t distance = blocks == 1 ? kAheadBytes : (kAheadBytes + size - 1) / size * size;
+  each_register_tile(task, vectors, [&](int p, int block, int first, int rows, float* c) {
+    const Weight* b = static_cast<const Weight*>(task.b) + task.weight[p] * task.b_weight;
+    const char* ahead = reinterpret_cast<const char*>(b) + distance + block * task.depth * step;
+    kTables<Weight>.point[vectors][rows](task.a + p * task.a_point + first * task.a_row, task.a_row,
+                                         task.depth, b, c, task.add, ahead, step);
+  });
+}
+
 void run_tap_points(int vectors, const TapProducts& task) {
-  const int blocks = (task.rows + kRows[vectors] - 1) / kRows[vectors];
-  const int width = vectors * W;
-  for (int p = 0; p < task.points; ++p) {
-    float* c = task.c + static_cast<std::ptrdiff_t>(p) * task.rows * width;
-    const float* a = task.a + p * task.a_point;
-    int first = 0;
-    for (int block = 0; block < blocks; ++block) {
-      const int end = (block + 1) * task.rows / blocks;
-      kTapTable.tap[vectors][end - first](a + first * task.a_row, task.a_row, task.depth, task.taps,
-                                          task.factors[p], c + static_cast<std::ptrdiff_t>(first) * width,
-                                          task.add);
-      first = end;
-    }
-  }
+  each_register_tile(task, vectors, [&](int p, int, int first, int rows, float* c) {
+    kTables<float>.tap[vectors][rows](task.a + p * task.a_point + first * task.a_row, task.a_row,
+                                      task.depth, task.taps, task.factors[p], c, task.add);
+  });
 }
 
 void multiply_add(int count, float* numbers) {

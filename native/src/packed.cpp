@@ -93,8 +93,8 @@ PackedConv::PackedConv(const Isa& isa, const Conv& conv, const Algorithm& algori
   const int depth = conv.in_channels / conv.groups;
   const Axes axes = algorithm.winograd() ? axes_of(isa, conv, algorithm) : Axes{};
   const bool by_points = algorithm.winograd() && algorithm.order == Order::points;
-  const bool is_fresh = algorithm.winograd() && keeps_weights(algorithm.order);
-  const int weights = algorithm.winograd() && !is_fresh ? axes.rows->weights * axes.columns->weights
+  const bool keeps = algorithm.winograd() && keeps_weights(algorithm.order);
+  const int weights = algorithm.winograd() && !keeps ? axes.rows->weights * axes.columns->weights
                                                         : conv.taps();
   std::size_t size = 0, biases = 0;
   for (int group = 0; group < conv.groups; ++group) {
@@ -122,7 +122,7 @@ PackedConv::PackedConv(const Isa& isa, const Conv& conv, const Algorithm& algori
   pool.each(static_cast<std::int64_t>(panels_.size()), [&](int, std::int64_t item) {
     const Panel& panel = panels_[static_cast<std::size_t>(item)];
     Sink sink(weights_, conv.half, panel.weights);
-    if (is_fresh) {
+    if (keeps) {
       pack_fresh(conv, panel, isa.lanes, sink);
     } else if (algorithm.winograd()) {
       pack_winograd(conv, axes, panel, panel.vectors * isa.lanes, sink);

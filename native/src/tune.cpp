@@ -70,6 +70,14 @@ double busy_threads(const Isa& isa, const Conv& conv, const Algorithm& a, int im
   return parts / std::ceil(parts / threads);
 }
 
+// Whether so many tiles may be worth taking together, of so many in all; those that are tried double.
+bool sensible(Order order, int block, double tiles) {
+  if (order == Order::points) return block == 12;  // it has none
+  if (block > 6 && block / 2 >= tiles) return false;  // a smaller block takes all of them
+  if (!keeps_weights(order)) return block <= 48;
+  return block >= std::min(12.0, tiles) && (order == Order::fresh || block <= 24);
+}
+
 }  // namespace
 
 // Peak and bandwidth by two short loops; the model needs their ratio more than their values.
@@ -166,12 +174,11 @@ std::vector<Algorithm> Tuner::candidates(const Conv& conv, int images, int heigh
         const double points = r->products * c->products;
         const double pairs = static_cast<double>(conv.in_channels) / conv.groups * conv.out_channels;
         for (int block : {6, 12, 24, 48, 96}) {
-          for (Order order : {Order::blocks, Order::panels, Order::points, Order::fresh, Order::fused}) {
-            if (order == Order::points && block != 12) continue;  // it has none
-            if (keeps_weights(order) ? block < std::min(12.0, tiles) : block > 48 || compact_) continue;
-            if (order == Order::fused && block > 24) continue;
-            if (!keeps_weights(order) && 4.0 * pairs * r->weights * c->weights > kMaxWeights) continue;
-            if (block > 6 && block > tiles && order != Order::points) continue;
+          for (Order order :
+               {Order::blocks, Order::panels, Order::points, Order::fresh, Order::fused}) {
+            if (!sensible(order, block, tiles) || (compact_ && !keeps_weights(order))) continue;
+            const double weights = 4.0 * pairs * r->weights * c->weights;
+            if (!keeps_weights(order) && weights > kMaxWeights) continue;
             const double shared = tiles * points * (conv.in_channels + conv.out_channels);
             if (order != Order::blocks && shared > static_cast<double>(kMaxShared)) continue;
             all.push_back({rows, columns, vectors, block, order});

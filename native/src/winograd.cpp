@@ -17,11 +17,6 @@ std::ptrdiff_t odd_lines(std::ptrdiff_t floats) {
 // cache.
 constexpr int kTapsAtOnce = 8;
 
-// Into the second cache, what will be needed soon.
-void fetch(const char* begin, const char* end) {
-  for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
-}
-
 // One Winograd convolution of one batch.
 class Winograd {
  public:
@@ -144,17 +139,17 @@ class Winograd {
       const int part = std::min(kChain, depth - k), lines_of = part * panel.vectors * 3;
       const char* raw = static_cast<const char*>(packed_.weights(panel)) + bytes * k * 9 * width;
       const std::ptrdiff_t line = std::ptrdiff_t{lines_of} * isa_.lanes;
-      axes_.rows->kernel[conv_.half]({raw, isa_.lanes, 3 * isa_.lanes, taps, line, isa_.lanes, lines_of});
+      axes_.rows->kernel[conv_.half](
+          {raw, isa_.lanes, 3 * isa_.lanes, taps, line, isa_.lanes, lines_of});
       const int rows = axes_.rows->products;
-      const char* next = raw + bytes * part * 9 * width;
-      const std::ptrdiff_t ahead = bytes * 9 * width * std::min(kChain, depth);
+      const std::ptrdiff_t read = bytes * part * 9 * width;
+      const float* inputs = a + first * a_row_ + std::ptrdiff_t{panel.group} * depth + k;
       for (int i = 0; i < rows; ++i) {
-        fetch(next + ahead * i / rows, next + ahead * (i + 1) / rows);
         const std::ptrdiff_t point = std::ptrdiff_t{i} * columns;
-        isa_.tap_points(panel.vectors,
-                        {a + point * a_point + first * a_row_ + std::ptrdiff_t{panel.group} * depth + k,
-                         a_point, a_row_, count, part, taps + axes_.rows->weight[i] * line, factors_,
-                         columns, products + point * count * width, k > 0});
+        isa_.tap_points(panel.vectors, {inputs + point * a_point, a_point, a_row_, count, part,
+                                        taps + axes_.rows->weight[i] * line, factors_, columns,
+                                        products + point * count * width, k > 0,
+                                        raw + read + read * i / rows, read / rows});
       }
     }
     for (std::int64_t tile = first; tile < end; ++tile) {

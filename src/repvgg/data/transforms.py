@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from repvgg.preprocessing import Preprocessing
-from repvgg.training.config import Augmentation
+from repvgg.training.config import Augmentation, TrainConfig
 
 
 class Transform(Protocol):
@@ -86,7 +86,9 @@ def evaluation_transform(preprocessing: Preprocessing) -> Callable[[Image.Image]
 
 
 def training_transform(
-    preprocessing: Preprocessing, augmentation: Augmentation, max_shift: float = 0.125
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    max_shift: float = TrainConfig.max_shift,
 ) -> Transform:
     """Random changes of images: to (C, size, size), uint8.
 
@@ -146,7 +148,7 @@ class Shift:
     """
 
     def __init__(
-        self, preprocessing: Preprocessing, max_shift: float = 0.125, *, reflect: bool, flip: bool
+        self, preprocessing: Preprocessing, max_shift: float, *, reflect: bool, flip: bool
     ):
         self.size = preprocessing.size
         self.reach = max(1, int(self.size * max_shift)) if max_shift else 0

@@ -155,7 +155,7 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of(self, "augmentation", get_args(Augmentation))
-        if self.max_shift != 0.125 and not self.augmentation.startswith("shift"):
+        if self.max_shift != type(self).max_shift and not self.augmentation.startswith("shift"):
             raise InputError(
                 f"max_shift: for an augmentation that shifts only, found {self.augmentation!r}"
             )
