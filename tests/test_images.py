@@ -20,7 +20,7 @@ from repvgg.data.order import epoch_order
 from repvgg.data.transforms import Once, Shift, evaluation_transform, normalize, training_transform
 from repvgg.errors import InputError
 from repvgg.preprocessing import Preprocessing
-from repvgg.training.config import Augmentation, TrainConfig
+from repvgg.training.config import Augmentation
 
 SMALL = Preprocessing.for_channels(1, 8)
 
@@ -230,11 +230,6 @@ def test_shifts_are_all_crops_of_torchvisions_padded_image_about_equally_often(
     assert counts.keys() == {crop.numpy().tobytes() for crop in expected}
     assert min(counts.values()) > 15
     assert max(counts.values()) < 70
-
-
-def test_a_largest_shift_is_refused_where_nothing_shifts():
-    with pytest.raises(InputError, match="max_shift: for an augmentation that shifts only"):
-        TrainConfig(augmentation="crop-flip", max_shift=0.25)
 
 
 @pytest.mark.parametrize("augmentation", get_args(Augmentation))

@@ -1,6 +1,8 @@
 """Every runtime computes what PyTorch computes, and says what it cannot do."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,6 +53,35 @@ def test_a_runtime_gives_the_logits_of_pytorch(case, runtime, threads, relative_
         found = run()
         assert found.shape == expected.shape
         assert relative_error(expected, found) <= BOUNDS[runtime]
+
+
+ONE_THREAD = """
+import sys, time, torch
+from repvgg import create_model, reparameterize
+from repvgg.protocol import Protocol
+from repvgg.runtimes import prepare
+
+torch.manual_seed(0)
+network = reparameterize(create_model("repvgg_a0").eval())
+protocol = Protocol(runtime=sys.argv[1], batch=4, threads=1, device="cpu")
+run = prepare(network, torch.randn(4, 3, 224, 224), protocol)
+run()
+wall, processor = time.perf_counter(), time.process_time()
+for _ in range(5):
+    run()
+print((time.process_time() - processor) / (time.perf_counter() - wall))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", [*BOUNDS, "native"])
+def test_one_thread_is_one(runtime):
+    """In a process of its own, whose processor time cannot pass the time on the wall then."""
+    if runtime not in installed_runtimes():
+        pytest.skip(f"{runtime} is not installed")
+    command = [sys.executable, "-c", ONE_THREAD, runtime]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < 1.2
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ class TrainConfig(RunConfig):
         augmentation: random changes of the training images: a resized part and a flip, the same
             with AutoAugment, a shift and a flip, a shift with reflected borders and a flip in every
             second epoch, a shift alone, or none.
-        max_shift: largest shift, as a share of the size.
+        max_shift: of an augmentation that shifts: how far at most, as a share of the size.
         label_smoothing: share of a label that is spread over all classes.
         mixup: alpha of the beta distribution by which pairs of images are mixed; 0 for none.
         auxiliary_weight: what the loss of each auxiliary head counts, against 1 of the network's
@@ -155,10 +155,6 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of(self, "augmentation", get_args(Augmentation))
-        if self.max_shift != type(self).max_shift and not self.augmentation.startswith("shift"):
-            raise InputError(
-                f"max_shift: for an augmentation that shifts only, found {self.augmentation!r}"
-            )
         if self.whiten_stem and self.pretrained:
             raise InputError("whiten_stem: for a network without pretrained weights only")
         if self.branch_scale != 1 and self.pretrained:
