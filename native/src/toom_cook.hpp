@@ -80,6 +80,9 @@ struct ToomCook {
   // y = A^T t.
   template <class V>
   [[gnu::always_inline]] static void output(const V* t, V* y) {
+    // Named, so that the compiler has to compute them, and not the processor for each line.
+    constexpr auto factors = coefficients();
+    constexpr float zero = kZero ? static_cast<float>(scale(0)) : 0;
     V sum[kPairs], difference[kPairs];
 #pragma GCC unroll 16
     for (int i = 0; i < kPairs; ++i) {
@@ -88,12 +91,12 @@ struct ToomCook {
     }
 #pragma GCC unroll 16
     for (int k = 0; k < M; ++k) {
-      V value = coefficient(0, k) * (k % 2 ? difference[0] : sum[0]);
+      V value = factors[0][k] * (k % 2 ? difference[0] : sum[0]);
 #pragma GCC unroll 16
       for (int i = 1; i < kPairs; ++i) {
-        value += coefficient(i, k) * (k % 2 ? difference[i] : sum[i]);
+        value += factors[i][k] * (k % 2 ? difference[i] : sum[i]);
       }
-      if (kZero && k == 0) value += static_cast<float>(scale(0)) * t[0];
+      if (kZero && k == 0) value += zero * t[0];
       if (k == M - 1) value += t[kInfinity];
       y[k] = value;
     }
@@ -109,9 +112,15 @@ struct ToomCook {
   }
 
  private:
-  // Of A^T, for the k-th output and both points of a pair.
-  static constexpr float coefficient(int pair, int k) {
-    return static_cast<float>(power(point(pair), k) * scale(kZero + 2 * pair));
+  // Of A^T, for both points of a pair and the k-th output.
+  static constexpr std::array<std::array<float, M>, kPairs> coefficients() {
+    std::array<std::array<float, M>, kPairs> result{};
+    for (int i = 0; i < kPairs; ++i) {
+      for (int k = 0; k < M; ++k) {
+        result[i][k] = static_cast<float>(power(point(i), k) * scale(kZero + 2 * i));
+      }
+    }
+    return result;
   }
 
   static constexpr std::array<std::array<double, R>, kProducts> plain_filter() {
