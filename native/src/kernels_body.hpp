@@ -31,8 +31,8 @@ typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4), may_alias
     std::memcpy(p, &v, sizeof(float) * static_cast<std::size_t>(count));
   }
 }
-[[gnu::always_inline]] inline vec rectify(vec v) {  // a NaN stays one
-  return 0.0f > v ? vec{} : v;
+[[gnu::always_inline]] inline vec at_least(vec least, vec v) {  // a NaN stays one
+  return least > v ? least : v;
 }
 
 constexpr int kRows[4] = {0, RVGG_ROWS};
@@ -55,6 +55,32 @@ template <class Task>
   for (; from < end; from += kLineBytes) __builtin_prefetch(from, 0, 2);
 }
 
+// Every k of a register tile, four of them at a time if it leaves registers: what counts and jumps
+// takes the multipliers' place where two threads share a core. (Of tiles three vectors wide sums
+// would be spilled.)
+template <int Vectors, class Step>
+[[gnu::always_inline]] inline void each_k(int depth, const Step& step) {
+  int k = 0;
+  if constexpr (Vectors < 3) {
+    for (; k + 4 <= depth; k += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) step(k + i);
+    }
+  }
+  for (; k < depth; ++k) step(k);
+}
+
+template <int Rows, int Vectors>
+[[gnu::always_inline]] inline void accumulate(vec (&sum)[Rows][Vectors],
+                                              const float* const (&row)[Rows], int k,
+                                              const vec (&w)[Vectors]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) sum[r][j] += row[r][k] * w[j];
+  }
+}
+
 // One register tile. The sums over (segment, k) run in registers from the first to the last.
 template <int Rows, int Vectors, class Weight>
 void product(const Product& task) {
@@ -69,24 +95,22 @@ void product(const Product& task) {
     const float* row[Rows];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) row[r] = task.a + task.row[r] + task.segment[s];
-    for (int k = 0; k < task.depth; ++k, b += Vectors * W) {
+    each_k<Vectors>(task.depth, [&](int k) __attribute__((always_inline)) {
       vec w[Vectors];
       fetch<Vectors * W * sizeof(Weight)>(reinterpret_cast<const char*>(b) + kAheadBytes);
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-        for (int j = 0; j < Vectors; ++j) sum[r][j] += row[r][k] * w[j];
-      }
-    }
+      accumulate(sum, row, k, w);
+      b += Vectors * W;
+    });
   }
+  const vec least = vec{} + (task.relu ? 0.0f : -__builtin_inff());
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
     float* c = task.c + task.c_row[r];
 #pragma GCC unroll 16
     for (int j = 0; j < Vectors; ++j) {
-      store_some(c + j * W, task.relu ? rectify(sum[r][j]) : sum[r][j], task.columns - j * W);
+      store_some(c + j * W, at_least(least, sum[r][j]), task.columns - j * W);
     }
   }
 }
@@ -103,15 +127,11 @@ template <int Rows, int Vectors, class Weights>
 #pragma GCC unroll 16
     for (int j = 0; j < Vectors; ++j) sum[r][j] = vec{};
   }
-  for (int k = 0; k < depth; ++k) {
+  each_k<Vectors>(depth, [&](int k) __attribute__((always_inline)) {
     vec w[Vectors];
     weights(w);
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) sum[r][j] += row[r][k] * w[j];
-    }
-  }
+    accumulate(sum, row, k, w);
+  });
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
@@ -235,26 +255,28 @@ void multiply_add(int count, float* numbers) {
   for (int i = 0; i < kMultiplyAdds; ++i) store(numbers + i * W, sum[i]);
 }
 
-// Every line: read In numbers, make Out of them, and give them to `finish` with their place.
+// Every line: read In numbers, make Out of them, and give them to `finish` with their place. A copy of
+// `lines` is not read again after each store.
 template <int In, int Out, class Number = float, class Make, class Finish>
-[[gnu::always_inline]] inline void each_line(const Lines& lines, const Make& make,
+[[gnu::always_inline]] inline void each_line(const Lines lines, const Make& make,
                                              const Finish& finish) {
-  for (int l = 0; l < lines.count; ++l) {
-    const auto* src = static_cast<const Number*>(lines.src) + l * lines.next;
+  const auto* src = static_cast<const Number*>(lines.src);
+  float* dst = lines.dst;
+  for (int l = 0; l < lines.count; ++l, src += lines.next, dst += lines.dst_next) {
     vec in[In], out[Out];
 #pragma GCC unroll 16
     for (int i = 0; i < In; ++i) in[i] = load(src + i * lines.step);
     make(in, out);
-    finish(lines.dst + l * lines.dst_next, out);
+#pragma GCC unroll 16
+    for (int i = 0; i < Out; ++i) finish(dst + i * lines.dst_step, i, out[i]);
   }
 }
+constexpr auto kStoreAll = [](float* dst, int, vec v) { store(dst, v); };
 
 template <class S>
 void transform_input(const Lines& lines) {
-  each_line<S::kInputs, S::kProducts>(lines, [](const vec* d, vec* t) { S::input(d, t); }, [&](float* dst, vec* t) {
-#pragma GCC unroll 16
-    for (int i = 0; i < S::kProducts; ++i) store(dst + i * lines.dst_step, t[i]);
-  });
+  each_line<S::kInputs, S::kProducts>(
+      lines, [](const vec* d, vec* t) { S::input(d, t); }, kStoreAll);
 }
 
 // Row I of G times the taps. Rows of a pair of points differ in the sign of the middle one alone, so
@@ -290,40 +312,39 @@ void transform_kernel(const Lines& lines) {
       [](const vec* g, vec* u) {
         transform_taps<S>(std::make_integer_sequence<int, S::kWeights>{}, g, u);
       },
-      [&](float* dst, vec* u) {
-#pragma GCC unroll 16
-        for (int i = 0; i < S::kWeights; ++i) store(dst + i * lines.dst_step, u[i]);
-      });
+      kStoreAll);
 }
 
 template <class S>
 void transform_output(const Lines& lines) {
-  each_line<S::kProducts, S::kOutputs>(lines, [](const vec* t, vec* y) { S::output(t, y); }, [&](float* dst, vec* y) {
+  each_line<S::kProducts, S::kOutputs>(
+      lines, [](const vec* t, vec* y) { S::template output<false>(t, y); }, kStoreAll);
+}
+
+template <class S, class Finish>
+[[gnu::always_inline]] inline void finish_output(const Lines& lines, const Epilogue& epilogue,
+                                                 const Finish& finish) {
+  const vec bias = load(epilogue.bias);
+  const vec least = vec{} + (epilogue.relu ? 0.0f : -__builtin_inff());
+  each_line<S::kProducts, S::kOutputs>(
+      lines,
+      [&](const vec* t, vec* y) {
 #pragma GCC unroll 16
-    for (int i = 0; i < S::kOutputs; ++i) store(dst + i * lines.dst_step, y[i]);
-  });
+        for (int i = 0; i < S::kOutputs; ++i) y[i] = bias;
+        S::template output<true>(t, y);
+      },
+      [&](float* dst, int i, vec v) { finish(dst, i, at_least(least, v)); });
 }
 
 template <class S>
 void store_output(const Lines& lines, const Epilogue& epilogue) {
-  const vec bias = load(epilogue.bias);
-  const bool whole = epilogue.items == S::kOutputs && epilogue.columns >= W;
-  each_line<S::kProducts, S::kOutputs>(lines, [](const vec* t, vec* y) { S::output(t, y); }, [&](float* dst, vec* y) {
-#pragma GCC unroll 16
-    for (int i = 0; i < S::kOutputs; ++i) {
-      y[i] += bias;
-      if (epilogue.relu) y[i] = rectify(y[i]);
-    }
-    if (whole) {
-#pragma GCC unroll 16
-      for (int i = 0; i < S::kOutputs; ++i) store(dst + i * lines.dst_step, y[i]);
-    } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < S::kOutputs; ++i) {
-        if (i < epilogue.items) store_some(dst + i * lines.dst_step, y[i], epilogue.columns);
-      }
-    }
-  });
+  if (epilogue.items == S::kOutputs && epilogue.columns >= W) {
+    finish_output<S>(lines, epilogue, kStoreAll);
+  } else {
+    finish_output<S>(lines, epilogue, [&](float* dst, int i, vec v) {
+      if (i < epilogue.items) store_some(dst, v, epilogue.columns);
+    });
+  }
 }
 
 template <int M, int Stride>

@@ -77,8 +77,8 @@ struct ToomCook {
     t[kInfinity] = combine<all, kPairs + 1>(d + kZero);
   }
 
-  // y = A^T t.
-  template <class V>
+  // y = A^T t, or y += A^T t.
+  template <bool Add, class V>
   [[gnu::always_inline]] static void output(const V* t, V* y) {
     // Named, so that the compiler has to compute them, and not the processor for each line.
     constexpr auto factors = coefficients();
@@ -91,13 +91,15 @@ struct ToomCook {
     }
 #pragma GCC unroll 16
     for (int k = 0; k < M; ++k) {
+      // What is added anyway comes first: the rest are multiply-adds then.
       V value = factors[0][k] * (k % 2 ? difference[0] : sum[0]);
+      if (k == M - 1) value = t[kInfinity] + value;
+      if (Add) value = y[k] + value;
 #pragma GCC unroll 16
       for (int i = 1; i < kPairs; ++i) {
         value += factors[i][k] * (k % 2 ? difference[i] : sum[i]);
       }
       if (kZero && k == 0) value += zero * t[0];
-      if (k == M - 1) value += t[kInfinity];
       y[k] = value;
     }
   }
@@ -141,12 +143,13 @@ struct ToomCook {
     return g;
   }
 
-  // sum_j C[j] d[2 j], over the first `Count` coefficients.
+  // sum_j C[j] d[2 j], over the first `Count` coefficients, of which the last is 1.
   template <Polynomial C, int Count, class V>
   [[gnu::always_inline]] static V combine(const V* d) {
-    V value = static_cast<float>(C[0]) * d[0];
+    static_assert(C[Count - 1] == 1);
+    V value = d[2 * (Count - 1)];
 #pragma GCC unroll 16
-    for (int j = 1; j < Count; ++j) value += static_cast<float>(C[j]) * d[2 * j];
+    for (int j = 0; j + 1 < Count; ++j) value += static_cast<float>(C[j]) * d[2 * j];
     return value;
   }
 
@@ -197,11 +200,11 @@ struct Scheme<M, 2> {
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) t[M + 1 + i] = d[2 * i + 1];
   }
-  template <class V>
+  template <bool Add, class V>
   [[gnu::always_inline]] static void output(const V* t, V* y) {
-    Even::output(t, y);
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) y[i] = y[i] + t[M + 1 + i];
+    for (int i = 0; i < M; ++i) y[i] = Add ? y[i] + t[M + 1 + i] : t[M + 1 + i];
+    Even::template output<true>(t, y);
   }
   static constexpr std::array<std::array<double, 3>, kWeights> taps() {
     std::array<std::array<double, 3>, kWeights> rows{};
