@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from timm.layers.squeeze_excite import SEModule
 from timm.models.byobnet import LayerFn, RepVggBlock
 from torch import nn
@@ -295,6 +296,28 @@ def test_wrong_data_can_be_mended_in_the_same_folder(tmp_path):
     assert outcome.block == "repvgg"
 
 
+@pytest.mark.parametrize(
+    ("shift", "said"), [(0.17, "holds"), (0.14, "open"), (-0.14, "open"), (-0.17, "reversed")]
+)
+def test_an_order_is_judged_as_by_the_t_test(shift, said):
+    plain = [0.70, 0.72, 0.83]
+    outcomes = [
+        run.Outcome(block, seed, top, 0.9, 1e-7)
+        for block, more in (("only_3x3", 0), ("repvgg", shift))
+        for seed, top in enumerate(value + more for value in plain)
+    ]
+    ((*_, here),) = run.orders(outcomes, TABLE6).rows
+    halves = ([o.top1 for o in half] for half in (outcomes[:3], outcomes[3:]))
+    test: Any = stats.ttest_ind(*halves)
+    assert here == said
+    assert (test.pvalue < 0.05) == (said != "open")
+
+
+def test_one_seed_orders_nothing():
+    outcomes = [run.Outcome(block, 0, 0.8, 0.9, 1e-7) for block in ("only_3x3", "repvgg")]
+    assert run.orders(outcomes, TABLE6).rows == ()
+
+
 def test_orders_and_means_by_hand():
     tops = {"only_3x3": (0.70, 0.72, 0.74), "repvgg": (0.80, 0.81, 0.85)}
     outcomes = [
@@ -303,7 +326,7 @@ def test_orders_and_means_by_hand():
         for seed, top in enumerate(values)
     ]
     (row,) = run.orders(outcomes, TABLE6).rows
-    # Differences 10, 9 and 11: mean 10, deviation 1.
-    assert row == ("both branches > neither branch", 2.75, 10, 0.58, "holds")
+    # Squares 8 and 14 over 2 + 2 degrees of freedom: variance 5.5; √(5.5 (1/3 + 1/3)) = 1.91.
+    assert row == ("both branches > neither branch", 2.75, 10, 1.91, "holds")
     by_block = {row[0]: row for row in run.report(outcomes, "Title").rows}
     assert by_block["only_3x3"][2:6] == (72.39, 72.0, 2.0, 3)

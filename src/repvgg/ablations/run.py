@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student_t
 
 from repvgg.ablations.jobs import Job, side_by_side
 from repvgg.checkpoint import load
@@ -265,34 +267,39 @@ def orders(
 ) -> Report:
     """For each pair of rows that the paper orders: does the order hold, and how surely.
 
-    The standard error is that of the mean of the differences, seed by seed.
+    The deviation of a run is estimated from all rows together, since the few seeds of one say
+    little: three can lie close to each other by chance. "open" is what Student's t-test with these
+    degrees of freedom does not tell from no difference, at 95 %.
     """
-    by_key = {(o.block, o.seed): o.top1 for o in outcomes}
-    rows = []
-    for index, first in enumerate(table):
-        for second in table[index + 1 :]:
-            better, worse = sorted((first, second), key=lambda row: -row.top1)
-            seeds = [o.seed for o in outcomes if o.block == better.block]
-            differences = [
-                100 * (by_key[better.block, seed] - by_key[worse.block, seed])
-                for seed in seeds
-                if (worse.block, seed) in by_key
-            ]
-            if len(differences) < 2:
-                continue
-            mean = statistics.mean(differences)
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-            rows.append(
-                (
-                    f"{better.name} > {worse.name}",
-                    round(better.top1 - worse.top1, 2),
-                    round(mean, 2),
-                    round(error, 2),
-                    "holds" if mean > 2 * error else "reversed" if mean < -2 * error else "open",
-                )
-            )
+    tops = {block: [100 * top for top in of] for block, of in tops_by_block(outcomes).items()}
+    freedom = sum(len(of) - 1 for of in tops.values())
     columns = "order in the paper", "paper: difference", "difference", "standard error", "here"
-    notes = ("Differences in percentage points; open: within two standard errors of none.",)
+    if not freedom:
+        return Report(title, columns, (), ("Two seeds or more are needed.",))
+    squares = sum(statistics.pvariance(of) * len(of) for of in tops.values())
+    deviation = math.sqrt(squares / freedom)
+    limit = float(student_t.ppf(0.975, freedom))
+    rows = []
+    for better, worse in itertools.combinations(sorted(table, key=lambda row: -row.top1), 2):
+        if better.block not in tops or worse.block not in tops:
+            continue
+        ours, others = tops[better.block], tops[worse.block]
+        difference = statistics.mean(ours) - statistics.mean(others)
+        error = deviation * math.sqrt(1 / len(ours) + 1 / len(others))
+        sure = abs(difference) > limit * error
+        rows.append(
+            (
+                f"{better.name} > {worse.name}",
+                round(better.top1 - worse.top1, 2),
+                round(difference, 2),
+                round(error, 2),
+                ("holds" if difference > 0 else "reversed") if sure else "open",
+            )
+        )
+    notes = (
+        f"Differences in percentage points. A run deviates by {deviation:.2f} ({freedom} degrees "
+        f"of freedom); open: within {limit:.2f} standard errors of none.",
+    )
     return Report(title, columns, tuple(rows), notes)
 
 

@@ -192,7 +192,7 @@ class Reproduce:
         found = [outcome for outcome in outcomes if outcome.block in blocks]
         times = run.speeds(self._folder, found)
         run.report(found, f"Table {self.what[-1]} ({self._folder})", times, table).show()
-        run.orders(found, table).show()
+        run.orders(outcomes, table).show()
 
     def _publish(self, report: "Report", record: "Record", drawn: tuple[str, str]) -> None:
         """Show a table, and write it as CSV and the columns to be drawn as a picture."""
