@@ -272,7 +272,8 @@ def compile(
         tune: `fast` measures for each layer the algorithms that look best, `full` all of them,
             None trusts the model of costs.
         weights: `fp16` stores them in half precision and computes in single: half the memory and
-            traffic, for an error of the logits of about 1e-3.
+            traffic of an algorithm (another may then be the fastest), for an error of the logits
+            of about 1e-3.
         compact: keep the weights as they are and transform them each time they are read: a ninth
             to a quarter of their memory, for more time.
         isa: instruction set: `avx512`, `avx2`, `neon`, `portable`; the best that the processor
