@@ -313,9 +313,13 @@ def test_an_order_is_judged_as_by_the_t_test(shift, said):
     assert (test.pvalue < 0.05) == (said != "open")
 
 
-def test_one_seed_orders_nothing():
+def test_one_seed_orders_nothing(capsys):
     outcomes = [run.Outcome(block, 0, 0.8, 0.9, 1e-7) for block in ("only_3x3", "repvgg")]
-    assert run.orders(outcomes, TABLE6).rows == ()
+    orders = run.orders(outcomes, TABLE6, "Orders")
+    assert orders.rows == ()
+    assert "two seeds" in orders.notes[0]
+    orders.show()
+    assert capsys.readouterr().out == f"{orders.notes[0]}\n"
 
 
 def test_orders_and_means_by_hand():

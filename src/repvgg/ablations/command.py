@@ -52,8 +52,6 @@ class Ablate:
         report.show()
         report.write_csv(self.output / "table.csv")
         for name, table in (("Table 6", TABLE6), ("Table 7", TABLE7)):
-            orders = run.orders(outcomes, table, f"Orders of {name}")
-            if orders.rows:
-                orders.show()
+            run.orders(outcomes, table, f"Orders of {name}").show()
         run.draw(self.output / "ablation.png", outcomes, title)
         say(f"written: {self.output}/{run.RESULTS}, table.csv, ablation.png and .svg")

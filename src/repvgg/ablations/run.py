@@ -274,15 +274,15 @@ def orders(
     tops = {block: [100 * top for top in of] for block, of in tops_by_block(outcomes).items()}
     freedom = sum(len(of) - 1 for of in tops.values())
     columns = "order in the paper", "paper: difference", "difference", "standard error", "here"
-    if not freedom:
-        return Report(title, columns, (), ("Two seeds or more are needed.",))
+    by_top1 = sorted((row for row in table if row.block in tops), key=lambda row: -row.top1)
+    if not freedom or len(by_top1) < 2:
+        note = f"{title}: two rows that the paper orders, and two seeds of a row, are needed."
+        return Report(title, columns, (), (note,))
     squares = sum(statistics.pvariance(of) * len(of) for of in tops.values())
     deviation = math.sqrt(squares / freedom)
     limit = float(student_t.ppf(0.975, freedom))
     rows = []
-    for better, worse in itertools.combinations(sorted(table, key=lambda row: -row.top1), 2):
-        if better.block not in tops or worse.block not in tops:
-            continue
+    for better, worse in itertools.combinations(by_top1, 2):
         ours, others = tops[better.block], tops[worse.block]
         difference = statistics.mean(ours) - statistics.mean(others)
         error = deviation * math.sqrt(1 / len(ours) + 1 / len(others))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -208,6 +209,7 @@ class Reproduce:
 
 
 LONG_SECONDS = 30 * 60
+WORTH_SAYING = 60
 # Of so few rounds nobody needs to be warned; the estimate itself takes some seconds.
 QUICK_ENOUGH = 10
 
@@ -219,14 +221,15 @@ def _require_time(contenders: "list[Contender]", protocol: Protocol, *, is_defau
     if protocol.rounds < QUICK_ENOUGH:
         return
     seconds = estimated_seconds(contenders, protocol)
-    if seconds > LONG_SECONDS and not is_default:
-        say(f"this takes about {seconds / 3600:.1f} hours; it can be stopped, and goes on")
-    elif seconds > LONG_SECONDS:
+    if seconds > LONG_SECONDS and is_default:
         raise InputError(
             f"the paper's protocol, {protocol.warmup} + {protocol.rounds} batches of "
             f"{protocol.batch} of each network, takes about {seconds / 3600:.1f} hours on this "
             "machine; --quick is needed, or --batch and --rounds of your choice"
         )
+    if seconds > WORTH_SAYING:
+        left = timedelta(seconds=round(seconds))
+        say(f"this takes about {left}; it can be stopped, and goes on")
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ class Report:
     notes: tuple[str, ...] = field(default=())
 
     def show(self) -> None:
-        """On the screen."""
-        show_table(self.title, self.columns, [list(map(text_of, row)) for row in self.rows])
+        """On the screen; without rows the notes alone."""
+        if self.rows:
+            show_table(self.title, self.columns, [list(map(text_of, row)) for row in self.rows])
         for note in self.notes:
             say(note)
 
