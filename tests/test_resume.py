@@ -152,6 +152,9 @@ from repvgg.training import loop
 from repvgg.training.distributed import joined
 from repvgg.training.recipes import digits
 
+def threads():
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
 config = dataclasses.replace(
     digits(), epochs=1, batch_size=128, base_batch_size=128, precision="fp64", sync_bn=True
 )
@@ -164,8 +167,11 @@ with joined(torch.device("cpu")) as world:
         return loss, right
     run._step = recorded
     run.finish()
+    assert ("pt_gloo_runloop" in threads()) == (world.size > 1), threads()
     if world.is_first:
         torch.save(losses, Path(sys.argv[1]) / "losses.pt")
+# A thread that outlives its group aborts the process if the interpreter ends meanwhile.
+assert "pt_gloo_runloop" not in threads(), threads()
 """
 
 

@@ -3,6 +3,8 @@
 Everything works alike in one process without any set-up: its world is of size 1.
 """
 
+import gc
+import importlib
 import os
 import time
 import uuid
@@ -70,6 +72,8 @@ def joined(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # Imported by DDP otherwise; at its import it would take hold of a group that is there by then.
+    importlib.import_module("torch._dynamo")
     store, rank, size = next(rendezvous("env://"))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -77,10 +81,15 @@ def joined(device: torch.device) -> Iterator[World]:
         rank=rank,
         world_size=size,
     )
+    group = dist.group.WORLD
     try:
         yield World(dist.get_rank(), size, device)
     finally:
         dist.destroy_process_group()
+        # The end of the group, by its last reference, waits for its threads: one that is still at
+        # the last sum when the interpreter ends would abort the process.
+        gc.collect()
+        del group
 
 
 def _of_this_start(

@@ -114,11 +114,14 @@ class Run:
     def finish(self) -> RunFolder:
         """Train to the last epoch."""
         self._announce()
-        with signals_kept() as self.received:
-            self.kept_at = time.monotonic()
-            while self.epoch <= self.config.epochs:
-                self._train_epoch()
-                self._end_epoch()
+        try:
+            with signals_kept() as self.received:
+                self.kept_at = time.monotonic()
+                while self.epoch <= self.config.epochs:
+                    self._train_epoch()
+                    self._end_epoch()
+        finally:
+            self.model = self.trained  # DDP would keep the group of processes alive
         if self.world.is_first:
             self.folder.draw_history(self.history)
         return self.folder
