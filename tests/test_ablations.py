@@ -17,6 +17,7 @@ from torch import nn
 import repvgg
 from repvgg.ablations import run
 from repvgg.ablations.branches import Dirac, PointwiseThen, Trivial, dirac_kernel
+from repvgg.ablations.jobs import Job
 from repvgg.ablations.residual import ResidualBlock, replace_conv3x3
 from repvgg.baselines import create_named
 from repvgg.blocks import BLOCKS, PLAIN_OF, STAGES, is_plain, plain_name, trained_name
@@ -27,6 +28,7 @@ from repvgg.reparam import convert, reparameterize
 from repvgg.reproduce.printed import TABLE6, TABLE7
 from repvgg.spec import Layer, Spec
 from repvgg.training.recipes import digits
+from repvgg.training.run_folder import RunFolder
 
 FOLDING = [name for name in BLOCKS if not is_plain(name) and name != "relu_in_branches"]
 WITH_RELU = [name for name in FOLDING if name not in PLAIN_OF]
@@ -287,6 +289,16 @@ def test_an_ablation_trains_every_row_and_goes_on(tmp_path, capsys):
     run.draw(tmp_path / "chart.png", outcomes, "Title")
     with pytest.raises(InputError, match="rows: sgd unknown"):
         run.ablate(SHORT, tmp_path, ("sgd",), range(1))
+
+
+def test_the_time_left_counts_the_epochs_that_runs_side_by_side_have_done(tmp_path):
+    config = dataclasses.replace(SHORT, epochs=3)
+    jobs = [Job(name, config, tmp_path / name) for name in ("begun", "new")]
+    assert run._epochs_left(jobs) == 6
+    folder = RunFolder(tmp_path / "begun", config)
+    assert run._epochs_left(jobs) == 6
+    folder.write_history([{"epoch": 1}, {"epoch": 2}])
+    assert run._epochs_left(jobs) == 4
 
 
 def test_wrong_data_can_be_mended_in_the_same_folder(tmp_path):

@@ -106,11 +106,12 @@ def ablate(
         if (block, seed) not in done
     ]
     say(f"{len(todo)} runs to do, {len(outcomes)} done before")
-    start = time.monotonic()
+    start, all_epochs = time.monotonic(), _epochs_left(todo)
     for number, job in enumerate(_trained(todo, jobs), start=1):
         outcomes.append(outcome_of(job.config, job.path))
         write_outcomes(results, outcomes)
-        left = (time.monotonic() - start) / number * (len(todo) - number)
+        epochs = _epochs_left(todo)
+        left = (time.monotonic() - start) / max(1, all_epochs - epochs) * epochs
         say(
             f"{job.name}: top-1 {outcomes[-1].top1:.2%}; {number} of {len(todo)} runs done, about "
             f"{timedelta(seconds=round(left))} left"
@@ -127,6 +128,12 @@ def _trained(todo: Sequence[Job], jobs: int) -> Iterator[Job]:
         say(job.name)
         train(job.config, job.path)
         yield job
+
+
+def _epochs_left(jobs: Sequence[Job]) -> int:
+    """Also of those that run side by side, or were begun by an earlier call."""
+    runs = [(job.config.epochs, RunFolder(job.path, job.config, writes=False)) for job in jobs]
+    return sum(epochs - len(run.read_history()) for epochs, run in runs)
 
 
 def outcome_of(config: TrainConfig, path: Path) -> Outcome:

@@ -128,7 +128,9 @@ class RunFolder:
         self._log.flush()
 
     def read_history(self) -> list[dict[str, float]]:
-        """What `write_history` wrote."""
+        """What `write_history` wrote; nothing before the first epoch ends."""
+        if not (self.path / "history.csv").exists():
+            return []
         with open(self.path / "history.csv", newline="") as file:
             return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
