@@ -8,8 +8,8 @@ READY := .venv/.ready
 quickstart: $(READY)
 	$(BIN)/repvgg quickstart
 
-# ncnn crashes in a process in which hundreds of other tests have run; so the runtimes have one of
-# their own.
+# ncnn crashes in a process in which hundreds of other tests have run, and the threads that OpenVINO
+# and MNN leave behind are better not there either; so the runtimes have a process of their own.
 RUNTIMES := tests/test_runtimes.py
 
 test: $(READY)

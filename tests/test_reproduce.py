@@ -11,7 +11,6 @@ from torch import nn
 from repvgg.errors import InputError
 from repvgg.protocol import Protocol
 from repvgg.reproduce import command, table1, table6, tables
-from repvgg.reproduce.bench import bench, draw
 from repvgg.reproduce.command import Compare, Reproduce
 from repvgg.reproduce.figures import _label, draw_figure1
 from repvgg.reproduce.page import side_by_side, write_page
@@ -200,26 +199,6 @@ def test_networks_of_any_name_are_compared(tmp_path, capsys):
         rows = {row["network"]: row for row in csv.DictReader(file)}
     assert rows["resnet18"]["params (M)"] == "11.68"
     assert float(rows["repvgg_a0"]["images/s"]) > 0
-
-
-def test_ones_own_network_is_benched_on_every_runtime(randomized, tmp_path, monkeypatch):
-    from repvgg.model import create_model
-    from repvgg.runtimes import installed_runtimes
-
-    # ncnn crashes in a process that did much else; tests/test_runtimes.py has one of its own.
-    others = [runtime for runtime in installed_runtimes() if runtime != "ncnn"]
-    monkeypatch.setattr("repvgg.reproduce.bench.installed_runtimes", lambda: others)
-    network = randomized(create_model("repvgg_digits", num_classes=10, in_chans=1))
-    protocol = dataclasses.replace(SHORT, warmup=1, threads=1)
-    report = bench(network, protocol, (1, 4))
-    kinds = [row[:3] for row in report.rows]
-    plain = [("plain", runtime) for runtime in others if runtime != "compile"]
-    expected = [("training-time", "torch"), *plain]
-    assert kinds == [(*kind, batch) for batch in (1, 4) for kind in expected]
-    assert all(float(row[-1] or 0) <= 1e-5 for row in report.rows)
-    assert len(report.notes) == 3
-    draw(tmp_path / "bench.png", report)
-    assert (tmp_path / "bench.svg").exists()
 
 
 def test_runtimes_of_one_machine_and_batch_stand_side_by_side(tmp_path):

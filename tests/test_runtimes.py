@@ -15,6 +15,7 @@ from repvgg.model import create_model
 from repvgg.preprocessing import Preprocessing
 from repvgg.protocol import Protocol
 from repvgg.reparam import reparameterize
+from repvgg.reproduce.bench import bench, draw
 from repvgg.runtimes import installed_runtimes, prepare, torch_device
 
 CPU = Protocol(batch=3, device="cpu")
@@ -177,3 +178,17 @@ def test_a_title_says_what_the_runtime_was_told():
 def test_quick_leaves_what_was_chosen():
     assert Protocol().quick() == Protocol(batch=8, warmup=1, rounds=5)
     assert Protocol(batch=32).quick() == Protocol(batch=32, warmup=1, rounds=5)
+
+
+def test_ones_own_network_is_benched_on_every_runtime(randomized, tmp_path):
+    network = randomized(create_model("repvgg_digits", num_classes=10, in_chans=1))
+    protocol = Protocol(batch=1, warmup=1, rounds=2, threads=1, device="cpu")
+    report = bench(network, protocol, (1, 4))
+    kinds = [row[:3] for row in report.rows]
+    plain = [("plain", runtime) for runtime in installed_runtimes() if runtime != "compile"]
+    expected = [("training-time", "torch"), *plain]
+    assert kinds == [(*kind, batch) for batch in (1, 4) for kind in expected]
+    assert all(float(row[-1] or 0) <= 1e-5 for row in report.rows)
+    assert len(report.notes) == 3
+    draw(tmp_path / "bench.png", report)
+    assert (tmp_path / "bench.svg").exists()
