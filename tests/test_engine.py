@@ -22,7 +22,7 @@ native = pytest.importorskip("repvgg._native", reason="no C++ compiler built the
 
 # Of the largest output, in the worst case that a search through small maps with few channels finds.
 # Larger tiles amplify the rounding of fp32.
-WORST = {0: 0, 2: 2e-6, 3: 2e-6, 4: 2e-6, 5: 1e-5, 6: 1e-5, 7: 3e-5}
+WORST = {0: 2e-6, 2: 2e-6, 3: 2e-6, 4: 2e-6, 5: 1e-5, 6: 1e-5, 7: 3e-5}
 # In layers such as networks have.
 USUAL = {2: 1e-6, 3: 1e-6, 4: 2e-6, 5: 4e-6, 6: 1e-5, 7: 3e-5}
 
@@ -127,10 +127,7 @@ def test_every_algorithm_is_a_convolution(case, isa):
     found, again, truth, usual = run_one(case, isa)
     np.testing.assert_array_equal(found, again)
     error = np.abs(found - truth).max() / max(np.abs(truth).max(), usual)
-    # The rounding of a sum of n terms, one added after another, grows with √n: of 40 seeds each, 36
-    # to 1728 terms, none was above 0.92 · 2⁻²⁴ √n. What is no layer for tiles is such a sum too.
-    terms = case["in"] // case["groups"] * case["kernel"] ** 2 + 1
-    assert error <= max(WORST[max(case["rows"], case["columns"])], 2**-23 * terms**0.5)
+    assert error <= WORST[max(case["rows"], case["columns"])]
 
 
 @pytest.mark.parametrize(
