@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ native = pytest.importorskip("repvgg._native", reason="no C++ compiler built the
 
 # Of the largest output, in the worst case that a search through small maps with few channels finds.
 # Larger tiles amplify the rounding of fp32.
-WORST = {0: 2e-6, 2: 2e-6, 3: 2e-6, 4: 2e-6, 5: 1e-5, 6: 1e-5, 7: 3e-5}
+WORST = {0: 1.2e-6, 2: 2e-6, 3: 2e-6, 4: 2e-6, 5: 1e-5, 6: 1e-5, 7: 3e-5}
 # In layers such as networks have.
 USUAL = {2: 1e-6, 3: 1e-6, 4: 2e-6, 5: 4e-6, 6: 1e-5, 7: 3e-5}
 
@@ -121,7 +121,14 @@ def run_one(case, isa):
     return found, again, truth.reshape(-1), usual
 
 
+# 1,620 products a sum: added up one after another they had an error of 2.2e-6.
+LONG_SUMS = {"in": 180, "out": 66, "groups": 1, "stride": 3, "dilation": 1, "kernel": 3}
+LONG_SUMS |= {"images": 3, "height": 14, "width": 24, "relu": False, "threads": 1, "seed": 38}
+LONG_SUMS |= {"rows": 0, "columns": 0, "vectors": 1, "block": 1, "order": 0}
+
+
 @settings(max_examples=60, deadline=None)
+@example(case=LONG_SUMS, isa=instruction_sets()[0])
 @given(case=convolutions(), isa=st.sampled_from(instruction_sets()))
 def test_every_algorithm_is_a_convolution(case, isa):
     found, again, truth, usual = run_one(case, isa)

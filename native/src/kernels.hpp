@@ -12,6 +12,8 @@ constexpr int kMaxProducts = 15;  // of one dimension of a Winograd tile
 // Sums of this many products are made in the registers and then added up: the error of a sum grows
 // with its length, and the inverse transform of a large tile amplifies it.
 constexpr int kChain = 48;
+// The same of a direct convolution, where nothing amplifies the error.
+constexpr int kDirectChain = 192;
 
 // Independent ones, enough to keep every multiplier busy.
 constexpr int kMultiplyAdds = 12;

@@ -81,29 +81,33 @@ template <int Rows, int Vectors>
   }
 }
 
-// One register tile. The sums over (segment, k) run in registers from the first to the last.
+// Adds the products of `count` numbers of each row with the weights that `b` goes through.
 template <int Rows, int Vectors, class Weight>
-void product(const Product& task) {
-  vec sum[Rows][Vectors];
+[[gnu::always_inline]] inline void add_products(vec (&sum)[Rows][Vectors],
+                                                const float* const (&row)[Rows], int first,
+                                                int count, const Weight*& b) {
+  each_k<Vectors>(count, [&](int k) __attribute__((always_inline)) {
+    vec w[Vectors];
+    fetch<Vectors * W * sizeof(Weight)>(reinterpret_cast<const char*>(b) + kAheadBytes);
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
+    accumulate(sum, row, first + k, w);
+    b += Vectors * W;
+  });
+}
+
+template <int Rows, int Vectors>
+[[gnu::always_inline]] inline void load_bias(const Product& task, vec (&sum)[Rows][Vectors]) {
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
     for (int j = 0; j < Vectors; ++j) sum[r][j] = load(task.bias + j * W);
   }
-  const auto* b = static_cast<const Weight*>(task.b);
-  for (int s = 0; s < task.segments; ++s) {
-    const float* row[Rows];
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) row[r] = task.a + task.row[r] + task.segment[s];
-    each_k<Vectors>(task.depth, [&](int k) __attribute__((always_inline)) {
-      vec w[Vectors];
-      fetch<Vectors * W * sizeof(Weight)>(reinterpret_cast<const char*>(b) + kAheadBytes);
-#pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) w[j] = load(b + j * W);
-      accumulate(sum, row, k, w);
-      b += Vectors * W;
-    });
-  }
+}
+
+template <int Rows, int Vectors>
+[[gnu::always_inline]] inline void store_tile(const Product& task,
+                                              const vec (&sum)[Rows][Vectors]) {
   const vec least = vec{} + (task.relu ? 0.0f : -__builtin_inff());
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
@@ -113,6 +117,56 @@ void product(const Product& task) {
       store_some(c + j * W, at_least(least, sum[r][j]), task.columns - j * W);
     }
   }
+}
+
+template <int Rows>
+[[gnu::always_inline]] inline void find_rows(const Product& task, int segment,
+                                             const float* (&row)[Rows]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) row[r] = task.a + task.row[r] + task.segment[segment];
+}
+
+// One register tile, few products: the sums over (segment, k) run from the first to the last.
+template <int Rows, int Vectors, class Weight>
+void product(const Product& task) {
+  vec sum[Rows][Vectors];
+  load_bias(task, sum);
+  const auto* b = static_cast<const Weight*>(task.b);
+  for (int s = 0; s < task.segments; ++s) {
+    const float* row[Rows];
+    find_rows(task, s, row);
+    add_products(sum, row, 0, task.depth, b);
+  }
+  store_tile(task, sum);
+}
+
+// The same, of many products: the sum of each part of a segment by itself, and then the total, which
+// is in the first cache meanwhile. (For few products this takes 5 to 15 % more time.)
+template <int Rows, int Vectors, class Weight>
+void long_product(const Product& task) {
+  vec total[Rows][Vectors];
+  load_bias(task, total);
+  const auto* b = static_cast<const Weight*>(task.b);
+  for (int s = 0; s < task.segments; ++s) {
+    const float* row[Rows];
+    find_rows(task, s, row);
+    for (int k = 0; k < task.depth; k += kDirectChain) {
+      vec sum[Rows][Vectors];
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; ++j) sum[r][j] = vec{};
+      }
+      const int part = task.depth - k < kDirectChain ? task.depth - k : kDirectChain;
+      add_products(sum, row, k, part, b);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; ++j) total[r][j] += sum[r][j];
+      }
+    }
+  }
+  store_tile(task, total);
 }
 
 // C = A B or C += A B over `depth` channels, of which `weights` gives one row of B after the other.
@@ -177,13 +231,14 @@ struct Tables {
   using PointFn = void (*)(const float*, std::ptrdiff_t, int, const Weight*, float*, bool,
                            const char*, std::ptrdiff_t);
   using TapFn = void (*)(const float*, std::ptrdiff_t, int, const float*, const float*, float*, bool);
-  ProductFn product[4][kMaxRows + 1]{};
+  ProductFn product[4][kMaxRows + 1]{}, long_product[4][kMaxRows + 1]{};
   PointFn point[4][kMaxRows + 1]{};
   TapFn tap[4][kMaxRows + 1]{};  // whatever the weights are stored as
 
   template <int Vectors, int... R>
   constexpr void fill(std::integer_sequence<int, R...>) {
     ((product[Vectors][R + 1] = rvgg::product<R + 1, Vectors, Weight>), ...);
+    ((long_product[Vectors][R + 1] = rvgg::long_product<R + 1, Vectors, Weight>), ...);
     ((point[Vectors][R + 1] = point_product<R + 1, Vectors, Weight>), ...);
     ((tap[Vectors][R + 1] = tap_product<R + 1, Vectors>), ...);
   }
@@ -198,7 +253,9 @@ constexpr Tables<Weight> kTables;
 
 template <class Weight>
 void run_product(int rows, int vectors, const Product& task) {
-  kTables<Weight>.product[vectors][rows](task);
+  const bool at_once = task.segments * task.depth <= kDirectChain;
+  const Tables<Weight>& tables = kTables<Weight>;
+  (at_once ? tables.product : tables.long_product)[vectors][rows](task);
 }
 
 int row_blocks(int rows, int vectors) { return (rows + kRows[vectors] - 1) / kRows[vectors]; }
