@@ -4,10 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from repvgg.errors import InputError
-from repvgg.training.distributed import _of_this_start
+from repvgg.training.distributed import _of_this_start, joined
 
 
 def started(store, size):
@@ -37,3 +38,22 @@ def test_processes_that_never_come_are_named():
     store.set("name of 1", "of a process that died")
     with pytest.raises(InputError, match=r"3 processes needed, those of rank \[1, 2\] never came"):
         _of_this_start(store, 0, 3, patience=timedelta(seconds=0.5))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK .*found nothing; start the processes with torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE .*a number from 1 on needed, found 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE .*a number from 1 on needed, found '0'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK .*below WORLD_SIZE 2 needed, found 2"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "29500"}, "MASTER_ADDR .*found nothing"),
+    ],
+)
+def test_what_torchrun_would_have_set_is_named(monkeypatch, environment, message):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message), joined(torch.device("cpu")):
+        pass

@@ -64,13 +64,17 @@ def joined(device: torch.device) -> Iterator[World]:
     """Join the processes that `torchrun` started, if it started this one; leave them at the end.
 
     NCCL on GPUs, one GPU a process; Gloo on CPUs.
+
+    Raises:
+        InputError: the environment speaks of several processes, but not as `torchrun` sets it.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _given_number("WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
     if size == 1:
         yield World(0, 1, device)
         return
+    _check_environment(size)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", _given_number("LOCAL_RANK"))
         torch.cuda.set_device(device)
     # Imported by DDP otherwise; at its import it would take hold of a group that is there by then.
     importlib.import_module("torch._dynamo")
@@ -90,6 +94,32 @@ def joined(device: torch.device) -> Iterator[World]:
         # the last sum when the interpreter ends would abort the process.
         gc.collect()
         del group
+
+
+def _check_environment(size: int) -> None:
+    """Raise InputError where what `torchrun` sets for each of several processes is missing."""
+    rank = _given_number("RANK")
+    if rank >= size:
+        raise InputError(f"RANK (environment): below WORLD_SIZE {size} needed, found {rank}")
+    _given_number("MASTER_PORT")
+    _given("MASTER_ADDR")
+
+
+def _given(name: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise InputError(
+            f"{name} (environment): needed where WORLD_SIZE is set, found nothing; "
+            "start the processes with torchrun, or unset WORLD_SIZE to train in one"
+        )
+    return value
+
+
+def _given_number(name: str, least: int = 0) -> int:
+    value = _given(name)
+    if not value.isdecimal() or int(value) < least:
+        raise InputError(f"{name} (environment): a number from {least} on needed, found {value!r}")
+    return int(value)
 
 
 def _of_this_start(
