@@ -137,6 +137,15 @@ def test_every_algorithm_is_a_convolution(case, isa):
     assert error <= WORST[max(case["rows"], case["columns"])]
 
 
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("channels", [640, 2560])
+def test_errors_of_direct_sums_do_not_grow_with_the_channels(isa, kernel, channels):
+    case = LONG_SUMS | {"in": channels, "kernel": kernel, "vectors": 2}
+    found, _, truth, usual = run_one(case, isa)
+    assert np.abs(found - truth).max() / max(np.abs(truth).max(), usual) <= WORST[0]
+
+
 @pytest.mark.parametrize(
     ("tile", "stride"), [(2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1), (2, 2), (4, 2), (7, 2)]
 )
