@@ -309,6 +309,21 @@ def test_wrong_data_can_be_mended_in_the_same_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"\xc9\x00", "UnicodeDecodeError"),
+        (b"block,seed\nrepvgg,0\n", "KeyError"),
+        (b"block,seed,top1,train_top1,conversion_error\nrepvgg,0,high,1,\n", "'high'"),
+        (b"block,seed,top1,train_top1,conversion_error\nvgg,0,1,1,\n", "rows vgg unknown"),
+    ],
+)
+def test_other_files_are_no_results(content, found, tmp_path):
+    (tmp_path / run.RESULTS).write_bytes(content)
+    with pytest.raises(InputError, match=rf"results\.csv.*{found}"):
+        run.read_outcomes(tmp_path / run.RESULTS)
+
+
+@pytest.mark.parametrize(
     ("shift", "said"), [(0.17, "holds"), (0.14, "open"), (-0.14, "open"), (-0.17, "reversed")]
 )
 def test_an_order_is_judged_as_by_the_t_test(shift, said):

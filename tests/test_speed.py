@@ -107,7 +107,9 @@ def test_a_runtime_that_is_not_used_may_be_another(tmp_path):
     assert Record(path, PROTOCOL).seconds.keys() == {"first"}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": [{}]}', '{"rows": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"rows": [{}]}', '{"rows": 3}', "[" * 100_000]
+)
 def test_a_broken_record_is_named(content, tmp_path):
     path = tmp_path / "speeds.json"
     path.write_text(content)

@@ -100,8 +100,8 @@ class Record:
         """
         try:
             protocol = Protocol(**json.loads(path.read_text(encoding="utf-8"))["protocol"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: a file of results is needed, found {error!r}") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise cls._unreadable(path, error) from None
         record = cls(path, protocol, restart=True)
         record.facts = record._load()
         return record
@@ -113,9 +113,16 @@ class Record:
             for row in header.pop("rows"):
                 self.seconds[row["model"]] = list(map(float, row["seconds"]))
                 self.shapes[row["model"]] = int(row["image_size"]), int(row["channels"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{self.path}: a file of results is needed, found {error!r}") from None
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+        ) as error:  # fmt: skip
+            raise self._unreadable(self.path, error) from None
         return header
+
+    @staticmethod
+    def _unreadable(path: Path, error: Exception) -> InputError:
+        found = f"{type(error).__name__} ({error})"
+        return InputError(f"{path}: a file of results is needed, found {found}")
 
     def _take_over(self) -> None:
         earlier = self._load()

@@ -189,7 +189,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
         raise InputError(f"{path}: results of `repvgg ablate` are needed, found nothing")
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [
+            outcomes = [
                 Outcome(
                     row["block"],
                     int(row["seed"]),
@@ -200,9 +200,11 @@ def read_outcomes(path: Path) -> list[Outcome]:
                 for row in csv.DictReader(file)
             ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: results of `repvgg ablate` are needed, found {error!r}"
-        ) from None
+        found = f"{type(error).__name__} ({error})"
+        raise InputError(f"{path}: results of `repvgg ablate` are needed, found {found}") from None
+    if unknown := sorted({outcome.block for outcome in outcomes} - set(ROWS)):
+        raise InputError(f"{path}: rows {', '.join(unknown)} unknown; {', '.join(ROWS)} exist")
+    return outcomes
 
 
 def speeds(output: Path, outcomes: Sequence[Outcome]) -> dict[str, tuple[Times, Times | None]]:

@@ -145,7 +145,7 @@ def read_classes(path: Path) -> Classes:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
             f'{path}: {{"names": […], "ignore": 255}} needed, which says what the labels mean, '
-            f"found {error!r}"
+            f"found {type(error).__name__} ({error})"
         ) from None
     count = len(classes.names)
     if not 2 <= count <= MAX_CLASSES or not count <= classes.ignore <= 255:
