@@ -233,6 +233,13 @@ def test_another_config_in_the_same_folder_is_refused_naming_the_fields(finished
     train(dataclasses.replace(SHORT, workers=1), finished)  # where it runs may change
 
 
+@pytest.mark.parametrize("content", ["", "[]", "3", "[" * 100_000])
+def test_a_config_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json: (cannot be read|the settings of a run)"):
+        train(SHORT, tmp_path)
+
+
 def test_restart_begins_anew(tmp_path):
     one = dataclasses.replace(SHORT, epochs=1)
     train(dataclasses.replace(one, seed=1), tmp_path / "run")

@@ -35,8 +35,13 @@ def require_same_config(folder: Path, config: RunConfig) -> None:
     """
     try:
         earlier = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / 'config.json'}: cannot be read ({error})") from error
+    if not isinstance(earlier, dict):
+        found = type(earlier).__name__
+        raise InputError(
+            f"{folder / 'config.json'}: the settings of a run are needed, found {found}"
+        )
     if changed := changed_fields(config, earlier):
         text = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in changed.items())
         raise InputError(
