@@ -65,8 +65,12 @@ def test_a_network_runs_at_the_size_that_it_is_meant_for():
 
 
 def test_an_unknown_name_is_refused_and_a_near_one_told():
-    with pytest.raises(InputError, match=r"resnet51: .*near it: .*resnet"):
+    with pytest.raises(InputError, match=r"resnet51: .*near it: .*resnet50"):
         create_named("resnet51")
+    with pytest.raises(InputError, match=r"VGG-17: .*near it: VGG-16"):
+        create_named("VGG-17")
+    with pytest.raises(InputError, match=r"found none of this name; `timm\.list_models\(\)` lists"):
+        create_named("photo.jpeg")
 
 
 def with_real_statistics(network: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """The networks that the paper compares RepVGG with (Sect. 4.1, Tables 4 and 5), from timm."""
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from torch import nn
 
@@ -104,9 +105,10 @@ def _from_timm(name: str, num_classes: int) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "timm.list_models()"
+        near = get_close_matches(name, (*BASELINES, *timm.list_models()), n=5)
+        hint = f"near it: {', '.join(near)}" if near else "`timm.list_models()` lists timm's"
         raise InputError(
             f"{name}: a network of the paper ({', '.join(BASELINES)}), of `repvgg.list_models()` "
-            f"or of timm is needed, found none of this name; near it: {near}"
+            f"or of timm is needed, found none of this name; {hint}"
         )
     return timm.create_model(name, num_classes=num_classes).eval()
