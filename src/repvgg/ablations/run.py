@@ -300,7 +300,7 @@ def orders(
             (
                 f"{better.name} > {worse.name}",
                 round(better.top1 - worse.top1, 2),
-                round(difference, 2),
+                round(difference, 2) + 0.0,  # no −0
                 round(error, 2),
                 ("holds" if difference > 0 else "reversed") if sure else "open",
             )
@@ -325,7 +325,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
         names = [PRINTED[b].name if b in PRINTED else LATER[b] for b in tops]
         ax.set_yticks(range(len(tops)), names)
         ax.invert_yaxis()
-        ax.set_xlim(left=max(0, min(means) - 5))
+        ax.set_xlim(max(0, min(means) - 5), 100 * max(map(max, tops.values())) + 0.5)
         ax.set_xlabel("test accuracy (%), a point for each seed")
         ax.set_title(title, fontsize=10)
 
