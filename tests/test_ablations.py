@@ -285,6 +285,11 @@ def test_an_ablation_trains_every_row_and_goes_on(tmp_path, capsys):
     times = run.speeds(tmp_path, outcomes)
     assert [plain is None for _, plain in times.values()] == [False, True, False]
     report = run.report(outcomes, "Title", times)
+    assert len(set(report.columns)) == len(report.columns)  # a column of a CSV is found by its name
+    cells = dict(zip(report.columns, report.rows[0], strict=True))
+    before = times[rows[0]][0]
+    assert cells["images/s before"] == round(32 / before.median, 1)
+    assert cells["± before (%)"] == round(100 * before.spread, 1)
     assert [row[0] for row in report.rows] == [b for b in run.ROWS if b in rows]
     run.draw(tmp_path / "chart.png", outcomes, "Title")
     with pytest.raises(InputError, match="rows: sgd unknown"):
@@ -312,7 +317,7 @@ def test_wrong_data_can_be_mended_in_the_same_folder(tmp_path):
     ("content", "found"),
     [
         (b"\xc9\x00", "UnicodeDecodeError"),
-        (b"block,seed\nrepvgg,0\n", "KeyError"),
+        (b"block,seed\nrepvgg,0\n", "no 'top1'"),
         (b"block,seed,top1,train_top1,conversion_error\nrepvgg,0,high,1,\n", "'high'"),
         (b"block,seed,top1,train_top1,conversion_error\nvgg,0,1,1,\n", "rows vgg unknown"),
     ],

@@ -1,11 +1,12 @@
 """Files are either whole and new, or as they were."""
 
+import json
 import os
 
 import pytest
 
 from repvgg.errors import InputError
-from repvgg.files import existing_file, written_aside
+from repvgg.files import existing_file, reading, written_aside
 
 
 def test_a_file_is_found(tmp_path):
@@ -22,6 +23,30 @@ def test_what_is_no_file_is_refused_by_name(tmp_path, name, found):
     path = tmp_path / name
     with pytest.raises(InputError, match=f"{path}: a file is needed, found {found}$"):
         existing_file(path)
+
+
+@pytest.mark.parametrize(
+    ("read", "found"),
+    [
+        (lambda path: path.read_text(encoding="utf-8"), "UnicodeDecodeError: .{,99}"),
+        (lambda path: json.loads("[" * 100_000), "RecursionError: .*"),
+        (lambda path: {}["rows"], "no 'rows'"),
+        (lambda path: next(path.iterdir()), "NotADirectoryError: .*"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_a_line(tmp_path, read, found):
+    path = tmp_path / "net.json"
+    path.write_bytes(b"\xff" * 5000)
+    with (
+        pytest.raises(InputError, match=rf"^{path}: numbers are needed, found {found}$"),
+        reading(path, "numbers are needed"),
+    ):
+        read(path)
+
+
+def test_what_a_reader_says_itself_stays(tmp_path):
+    with pytest.raises(InputError, match=r"^4 needed$"), reading(tmp_path, "numbers are needed"):
+        raise InputError("4 needed")
 
 
 @pytest.mark.parametrize("old", [None, b"old"])

@@ -236,7 +236,7 @@ def test_another_config_in_the_same_folder_is_refused_naming_the_fields(finished
 @pytest.mark.parametrize("content", ["", "[]", "3", "[" * 100_000])
 def test_a_config_that_is_none_is_named(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InputError, match=r"config\.json: (cannot be read|the settings of a run)"):
+    with pytest.raises(InputError, match=r"config\.json: the settings of a run are needed"):
         train(SHORT, tmp_path)
 
 

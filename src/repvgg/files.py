@@ -25,6 +25,27 @@ def existing_file(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
+def reading(origin: str | os.PathLike[str], needed: str) -> Iterator[None]:
+    """Make what a reader of a file stumbles over one line that says what the file should be.
+
+    Args:
+        origin: path or URL.
+        needed: what should be there, as "… is needed" or "… are needed".
+
+    Raises:
+        InputError: the file cannot be read, or holds something else; those of the reader as is.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        # Not the error's repr: that of a wrong encoding has all of the file in it.
+        found = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{origin}: {needed}, found {found}") from error
+
+
+@contextlib.contextmanager
 def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success flush it to disk and rename it to `path`.
 

@@ -12,7 +12,7 @@ from torch import nn
 from repvgg.console import progress_bar, say, warn
 from repvgg.costs import built_without_memory, cost
 from repvgg.errors import InputError
-from repvgg.files import written_aside
+from repvgg.files import reading, written_aside
 from repvgg.machine import RUNTIME_LIBRARIES, machine_facts
 from repvgg.protocol import Protocol
 from repvgg.runtimes import MODULES, Runner, UnsupportedError, prepare
@@ -98,34 +98,23 @@ class Record:
         Raises:
             InputError: the file holds something else.
         """
-        try:
-            protocol = Protocol(**json.loads(path.read_text(encoding="utf-8"))["protocol"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise cls._unreadable(path, error) from None
-        record = cls(path, protocol, restart=True)
-        record.facts = record._load()
+        with reading(path, "a file of results is needed"):
+            header = json.loads(path.read_text(encoding="utf-8"))
+            record = cls(path, Protocol(**header["protocol"]), restart=True)
+            record._take_rows(header)
+        record.facts = header
         return record
 
-    def _load(self) -> dict[str, Any]:
-        """Take the rows of the file over; its header."""
-        try:
-            header = json.loads(self.path.read_text(encoding="utf-8"))
-            for row in header.pop("rows"):
-                self.seconds[row["model"]] = list(map(float, row["seconds"]))
-                self.shapes[row["model"]] = int(row["image_size"]), int(row["channels"])
-        except (
-            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
-        ) as error:  # fmt: skip
-            raise self._unreadable(self.path, error) from None
-        return header
-
-    @staticmethod
-    def _unreadable(path: Path, error: Exception) -> InputError:
-        found = f"{type(error).__name__} ({error})"
-        return InputError(f"{path}: a file of results is needed, found {found}")
+    def _take_rows(self, header: dict[str, Any]) -> None:
+        """Out of the header."""
+        for row in header.pop("rows"):
+            self.seconds[row["model"]] = list(map(float, row["seconds"]))
+            self.shapes[row["model"]] = int(row["image_size"]), int(row["channels"])
 
     def _take_over(self) -> None:
-        earlier = self._load()
+        with reading(self.path, "a file of results is needed"):
+            earlier = json.loads(self.path.read_text(encoding="utf-8"))
+            self._take_rows(earlier)
         self.facts["date"] = earlier.get("date")
         used = {name.lower() for name in MODULES[self.protocol.runtime]}
         names = sorted((earlier.keys() | self.facts.keys()) - (set(RUNTIME_LIBRARIES) - used))

@@ -20,7 +20,7 @@ from repvgg.ablations.jobs import Job, side_by_side
 from repvgg.checkpoint import load
 from repvgg.console import say
 from repvgg.errors import InputError
-from repvgg.files import written_aside
+from repvgg.files import reading, written_aside
 from repvgg.model import RepVGG
 from repvgg.reparam import reparameterize
 from repvgg.reproduce.figures import write_figure
@@ -187,21 +187,20 @@ def read_outcomes(path: Path) -> list[Outcome]:
     """
     if not path.is_file():
         raise InputError(f"{path}: results of `repvgg ablate` are needed, found nothing")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            outcomes = [
-                Outcome(
-                    row["block"],
-                    int(row["seed"]),
-                    float(row["top1"]),
-                    float(row["train_top1"]),
-                    float(row["conversion_error"]) if row["conversion_error"] else None,
-                )
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"{type(error).__name__} ({error})"
-        raise InputError(f"{path}: results of `repvgg ablate` are needed, found {found}") from None
+    with (
+        reading(path, "results of `repvgg ablate` are needed"),
+        open(path, newline="", encoding="utf-8") as file,
+    ):
+        outcomes = [
+            Outcome(
+                row["block"],
+                int(row["seed"]),
+                float(row["top1"]),
+                float(row["train_top1"]),
+                float(row["conversion_error"]) if row["conversion_error"] else None,
+            )
+            for row in csv.DictReader(file)
+        ]
     if unknown := sorted({outcome.block for outcome in outcomes} - set(ROWS)):
         raise InputError(f"{path}: rows {', '.join(unknown)} unknown; {', '.join(ROWS)} exist")
     return outcomes
@@ -252,16 +251,23 @@ def report(
                 round(100 * statistics.stdev(tops), 2) if len(tops) > 1 else None,
                 len(tops),
                 printed.speed if printed else None,
-                round(SPEED_BATCH / trained.median, 1) if trained else None,
-                round(SPEED_BATCH / plain.median, 1) if plain else None,
+                *_speed(trained),
+                *_speed(plain),
                 error,
             )
         )
     columns = (
         "block", "row", "paper: top-1 (%)", "top-1 (%)", "sd", "seeds", "paper: images/s before",
-        "images/s before", "images/s after", "conversion error",
+        "images/s before", "± before (%)", "images/s after", "± after (%)", "conversion error",
     )  # fmt: skip
     return Report(title, columns, tuple(rows))
+
+
+def _speed(times: Times | None) -> tuple[float | None, float | None]:
+    """Images a second, and their spread in percent."""
+    if times is None:
+        return None, None
+    return round(SPEED_BATCH / times.median, 1), round(100 * times.spread, 1)
 
 
 def tops_by_block(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from repvgg.data.images import EXTENSIONS
 from repvgg.errors import InputError
+from repvgg.files import reading
 
 INDEX_NAME = "index.json"
 FORMAT, VERSION = "repvgg-shards", 1
@@ -125,7 +126,7 @@ def parse_index(content: bytes, origin: str) -> Index:
     Raises:
         InputError: no such index, or one that contradicts itself.
     """
-    try:
+    with reading(origin, "an index of shards is needed"):
         index = json.loads(content)
         if (index["format"], index["version"]) != (FORMAT, VERSION):
             raise InputError(f"{origin}: version {VERSION} of {FORMAT} needed, found another")
@@ -133,11 +134,6 @@ def parse_index(content: bytes, origin: str) -> Index:
         if not all(isinstance(name, str) for name in names) or not names:
             raise InputError(f"{origin}: the names of the classes are needed")
         read = {split: tuple(_shard(entry, origin) for entry in shards) for split, shards in splits}
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise InputError(f"{origin}: no index of shards can be read from it ({found})") from error
     for split, shards in read.items():
         if not shards:
             raise InputError(f"{origin}: split {split} has no shards")

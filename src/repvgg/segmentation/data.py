@@ -12,6 +12,7 @@ from PIL import Image
 
 from repvgg.data.images import decode_image, find_images
 from repvgg.errors import InputError
+from repvgg.files import reading
 
 Split = Literal["train", "val", "test"]
 
@@ -135,18 +136,14 @@ def read_classes(path: Path) -> Classes:
     Raises:
         InputError: it is not there, or not what it should be.
     """
-    try:
+    needed = '{"names": […], "ignore": 255} is needed, which says what the labels mean'
+    with reading(path, needed):
         fields = json.loads(path.read_text(encoding="utf-8"))
         classes = Classes(
             tuple(map(str, fields["names"])),
             tuple((int(r), int(g), int(b)) for r, g, b in fields.get("colors", ())),
             int(fields.get("ignore", VOID)),
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f'{path}: {{"names": […], "ignore": 255}} needed, which says what the labels mean, '
-            f"found {type(error).__name__} ({error})"
-        ) from None
     count = len(classes.names)
     if not 2 <= count <= MAX_CLASSES or not count <= classes.ignore <= 255:
         raise InputError(

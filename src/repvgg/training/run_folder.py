@@ -15,7 +15,7 @@ import torch
 
 from repvgg.console import warn
 from repvgg.errors import InputError
-from repvgg.files import written_aside
+from repvgg.files import reading, written_aside
 from repvgg.training.config import RunConfig, changed_fields
 
 NAMES = ("config.json", "history.csv", "history.png", "last.safetensors", "best.safetensors")
@@ -33,16 +33,10 @@ def require_same_config(folder: Path, config: RunConfig) -> None:
     Raises:
         InputError: naming the fields that differ; or the folder's config cannot be read.
     """
-    try:
-        earlier = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{folder / 'config.json'}: cannot be read ({error})") from error
-    if not isinstance(earlier, dict):
-        found = type(earlier).__name__
-        raise InputError(
-            f"{folder / 'config.json'}: the settings of a run are needed, found {found}"
-        )
-    if changed := changed_fields(config, earlier):
+    path = folder / "config.json"
+    with reading(path, "the settings of a run are needed"):
+        changed = changed_fields(config, json.loads(path.read_text()))
+    if changed:
         text = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in changed.items())
         raise InputError(
             f"{folder}: holds a run of another config ({text}); "
@@ -134,9 +128,10 @@ class RunFolder:
 
     def read_history(self) -> list[dict[str, float]]:
         """What `write_history` wrote; nothing before the first epoch ends."""
-        if not (self.path / "history.csv").exists():
+        path = self.path / "history.csv"
+        if not path.exists():
             return []
-        with open(self.path / "history.csv", newline="") as file:
+        with reading(path, "the history of a run is needed"), open(path, newline="") as file:
             return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
     def draw_history(self, rows: list[dict[str, float]]) -> None:
