@@ -28,17 +28,17 @@ def test_what_is_no_file_is_refused_by_name(tmp_path, name, found):
 @pytest.mark.parametrize(
     ("read", "found"),
     [
-        (lambda path: path.read_text(encoding="utf-8"), "UnicodeDecodeError: .{,99}"),
-        (lambda path: json.loads("[" * 100_000), "RecursionError: .*"),
-        (lambda path: {}["rows"], "no 'rows'"),
-        (lambda path: next(path.iterdir()), "NotADirectoryError: .*"),
+        (lambda path: path.read_text(encoding="utf-8"), ", found UnicodeDecodeError: .{,99}"),
+        (lambda path: json.loads("[" * 100_000), ", found RecursionError: .*"),
+        (lambda path: {}["rows"], ", found no 'rows'"),
+        (lambda path: next(path.iterdir()), r" \(Not a directory\)"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_a_line(tmp_path, read, found):
     path = tmp_path / "net.json"
     path.write_bytes(b"\xff" * 5000)
     with (
-        pytest.raises(InputError, match=rf"^{path}: numbers are needed, found {found}$"),
+        pytest.raises(InputError, match=rf"^{path}: numbers are needed{found}$"),
         reading(path, "numbers are needed"),
     ):
         read(path)

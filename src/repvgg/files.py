@@ -39,9 +39,13 @@ def reading(origin: str | os.PathLike[str], needed: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{origin}: {needed} ({error.strerror or error})") from error
+    except KeyError as error:
+        raise InputError(f"{origin}: {needed}, found no {error}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         # Not the error's repr: that of a wrong encoding has all of the file in it.
-        found = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        found = f"{type(error).__name__}: {error}"
         raise InputError(f"{origin}: {needed}, found {found}") from error
 
 
